@@ -1,0 +1,308 @@
+"""Every setting of a run: one class per TOML section, one field per key, its meaning beside it.
+
+Sections and keys are torchtitan v0.2.2's where the meaning is the same. This module imports no torch,
+so that `--help` and a wrong key answer at once. Checks between sections live in `check.py`.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+PositiveInt = Annotated[int, Field(ge=1)]
+NonNegativeInt = Annotated[int, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0)]
+NonNegativeFloat = Annotated[float, Field(ge=0)]
+Probability = Annotated[float, Field(ge=0, le=1)]
+Degree = Annotated[int, Field(ge=1)]
+
+
+class Section(BaseModel):
+    """A TOML section: unknown keys are errors, types are not coerced beyond int -> float."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, use_attribute_docstrings=True)
+
+
+class Job(Section):
+    dump_folder: str = "./outputs"
+    """Everything the run writes goes below this folder."""
+    description: str = "default job"
+    """A name for people; shown in the log and in the trackers."""
+    print_config: bool = False
+    """Print the resolved settings when the run starts."""
+
+
+class Model(Section):
+    name: Literal["flux1"] = "flux1"
+    """Model family."""
+    flavor: str = "flux-dev"
+    """Size: flux-dev, flux-schnell, flux-debug or flux-tiny."""
+
+
+class Encoder(Section):
+    t5_encoder: str = "google/t5-v1_1-xxl"
+    """T5: a local folder or a hub id."""
+    clip_encoder: str = "openai/clip-vit-large-patch14"
+    """CLIP text model: a local folder or a hub id."""
+    t5_tokenizer: str = ""
+    """T5 tokenizer: a local folder or a hub id; empty: the one beside the encoder."""
+    clip_tokenizer: str = ""
+    """CLIP tokenizer: a local folder or a hub id; empty: the one beside the encoder."""
+    max_t5_encoding_len: PositiveInt = 256
+    """T5 tokens per caption, padded or cut (512 for FLUX.1-dev, 256 for schnell)."""
+    autoencoder_path: str = "assets/hf/FLUX.1-dev/ae.safetensors"
+    """Autoencoder weights in BFL's single-file layout."""
+    autoencoder_sample: bool = True
+    """Draw latents from the autoencoder's posterior; false: take its mean."""
+    random_init: bool = False
+    """Take only config.json of the text encoders and fill the weights at random (tests, demonstrations)."""
+    dtype: Literal["bfloat16", "float32", "float64"] = "bfloat16"
+    """Dtype of the frozen text encoders."""
+    autoencoder_dtype: Literal["bfloat16", "float32", "float64"] = "float32"
+    """Dtype of the frozen autoencoder."""
+
+
+class Source(Section):
+    type: Literal["folder", "jsonl", "hf", "synthetic"]
+    """folder: images with .txt captions; jsonl: one object per line; hf: Hugging Face datasets; synthetic: noise."""
+    path: str = ""
+    """Folder, jsonl file, or data set id (or a folder written by `save_to_disk`)."""
+    split: str = "train"
+    """Split of a Hugging Face data set."""
+    image_key: str = ""
+    """Name of the image's field (jsonl: file_name, hf: image)."""
+    caption_key: str = ""
+    """Name of the caption's field (text)."""
+    weight: NonNegativeFloat | None = None
+    """Share of the draws; given for all sources or for none."""
+    repeats: PositiveInt = 1
+    """How often one epoch passes over this source, when no weights are given."""
+    size: PositiveInt = 1024
+    """Number of samples of a synthetic source."""
+
+
+class Data(Section):
+    sources: list[Source] = Field(default_factory=list)
+    """Where training samples come from, as [[data.sources]] tables."""
+    crop: Literal["center", "random"] = "center"
+    """Where the square is cut after the shorter side has been resized."""
+    flip_prob: Probability = 0.0
+    """Probability of a horizontal flip."""
+    max_pixels: PositiveInt = 100_000_000
+    """Larger images count as bad samples."""
+    max_bad_fraction: Probability = 0.05
+    """The run stops when more than this share of its samples is bad."""
+    num_workers: NonNegativeInt = 2
+    """Processes per rank that load and decode; 0: the main process does."""
+    prefetch_factor: PositiveInt = 2
+    """Batches that each worker prepares ahead."""
+
+
+class Flow(Section):
+    timestep_sampling: Literal["uniform", "logit_normal"] = "logit_normal"
+    """Density of t in [0, 1] (0 = data, 1 = noise)."""
+    logit_mean: float = 0.0
+    """Mean of logit(t) for logit_normal."""
+    logit_std: PositiveFloat = 1.0
+    """Deviation of logit(t) for logit_normal."""
+    shift: Literal["none", "flux"] | PositiveFloat = "none"
+    """Move t towards noise: flux: by FLUX.1's line in the token count; a number s: t -> s t / (1 + (s - 1) t)."""
+    weighting: Literal["none", "sigma_sqrt", "cosmap"] = "none"
+    """Loss weight as a function of t."""
+    guidance: NonNegativeFloat = 1.0
+    """Distilled guidance fed to guidance-embedding models. 1: the plain conditional velocity, which is the target."""
+
+
+class Training(Section):
+    steps: PositiveInt = 10_000
+    """Optimizer steps of the whole run."""
+    local_batch_size: PositiveInt = 8
+    """Samples of one forward pass on one rank."""
+    global_batch_size: int = -1
+    """Samples of one optimizer step; -1: one local batch on every rank. More means gradient accumulation."""
+    img_size: PositiveInt = 256
+    """Side of the square training images in pixels (a multiple of 16)."""
+    max_norm: NonNegativeFloat = 1.0
+    """Gradients are scaled down to this total norm; 0: never."""
+    classifier_free_guidance_prob: Probability = 0.1
+    """Probability that a caption is replaced by the empty one."""
+    classifier_free_guidance_joint: bool = True
+    """Drop for T5 and CLIP together; false: independently."""
+    dtype: Literal["float32", "bfloat16", "float64"] = "float32"
+    """Dtype of the parameters the optimizer sees."""
+    mixed_precision_param: Literal["bfloat16", "float32", "float64"] = "bfloat16"
+    """Dtype of weights and activations in forward and backward."""
+    mixed_precision_reduce: Literal["float32", "bfloat16", "float64"] = "float32"
+    """Dtype in which gradients are summed over ranks."""
+    spike_factor: NonNegativeFloat = 0.0
+    """Skip a step whose gradient norm exceeds this multiple of its running mean; 0: only non-finite steps."""
+    max_skipped_steps: PositiveInt = 50
+    """Stop after this many skipped steps in a row."""
+    gc_freq: PositiveInt = 50
+    """Collect Python's garbage every so many steps, on all ranks at once."""
+
+
+class Optimizer(Section):
+    name: Literal["AdamW", "Adam"] = "AdamW"
+    lr: PositiveFloat = 1e-4
+    """Peak learning rate."""
+    beta1: Probability = 0.9
+    beta2: Probability = 0.95
+    eps: PositiveFloat = 1e-8
+    weight_decay: NonNegativeFloat = 0.1
+    decay_all: bool = False
+    """Decay biases and norm scales too, as torchtitan v0.2 does."""
+    implementation: Literal["fused", "foreach", "for-loop"] = "fused"
+
+
+class LRScheduler(Section):
+    warmup_steps: NonNegativeInt = 200
+    """Linear rise from 0 to the peak."""
+    total_steps: PositiveInt | None = None
+    """Horizon of the schedule, when it is not training.steps."""
+    decay_ratio: Probability | None = None
+    """Share of the horizon spent falling; unset: all after the warm-up; 0: constant."""
+    decay_type: Literal["linear", "sqrt", "cosine"] = "linear"
+    min_lr_factor: Probability = 0.0
+    """The rate ends at this share of the peak."""
+
+
+class EMA(Section):
+    enable: bool = False
+    """Keep an exponential moving average of the parameters, sharded, in float32."""
+    half_life: PositiveFloat = 500_000
+    """Samples after which a past value counts half."""
+    rampup_ratio: NonNegativeFloat = 0.05
+    """The half-life is at most this share of the samples seen; 0: no such limit."""
+
+
+class Parallelism(Section):
+    data_parallel_replicate_degree: Degree = 1
+    """Groups of ranks that hold whole copies of the sharded model (HSDP)."""
+    data_parallel_shard_degree: int = -1
+    """Ranks that share one copy of the model (FSDP2); -1: all that remain."""
+    fsdp_reshard_after_forward: Literal["default", "always", "never"] = "default"
+    """Free a block's gathered weights after its forward; default: always."""
+    tensor_parallel_degree: Degree = 1
+    pipeline_parallel_degree: Degree = 1
+    context_parallel_degree: Degree = 1
+
+
+class ActivationCheckpoint(Section):
+    mode: Literal["none", "full", "selective"] = "selective"
+    """none: keep all activations; full: recompute every block; selective: see selective_ac_option."""
+    selective_ac_option: str = "op"
+    """op: recompute all but attention and every second matrix product; a number n: recompute every n-th block."""
+
+
+class Compile(Section):
+    enable: bool = False
+    """torch.compile, block by block."""
+    components: list[Literal["model", "loss"]] = ["model", "loss"]
+    backend: str = "inductor"
+
+
+class Checkpoint(Section):
+    enable: bool = False
+    """Save checkpoints, and resume from the newest one in the dump folder."""
+    folder: str = "checkpoint"
+    """Below job.dump_folder."""
+    interval: PositiveInt = 500
+    """Steps between saves. The last step is always saved."""
+    initial_load_path: str = ""
+    """A checkpoint folder of this trainer (step-N) to take the model's weights from when there is nothing to resume."""
+    keep_latest_k: NonNegativeInt = 10
+    """Older checkpoints are deleted; 0: keep all."""
+    load_step: int = -1
+    """Resume from this step; -1: the newest."""
+    async_mode: Literal["disabled", "async"] = "disabled"
+    """async: write in the background after a copy to host memory."""
+    force_resume: bool = False
+    """Resume although seed, data or batch size have changed."""
+
+
+class Validation(Section):
+    enable: bool = False
+    """Measure the loss on held-out samples, and draw the prompts."""
+    freq: PositiveInt = 100
+    """Steps between validations; also before the first and after the last step."""
+    sources: list[Source] = Field(default_factory=list)
+    """Held-out samples, as [[validation.sources]] tables."""
+    samples: int = -1
+    """How many of them; -1: all."""
+    local_batch_size: PositiveInt = 8
+    timesteps: PositiveInt = 8
+    """The loss is averaged over t = (i + 0.5) / timesteps."""
+    prompts: list[str] = []
+    """Captions that are drawn as pictures at each validation."""
+    prompts_path: str = ""
+    """A text file with one prompt per line, in place of the list."""
+    denoising_steps: PositiveInt = 50
+    enable_classifier_free_guidance: bool = True
+    classifier_free_guidance_scale: NonNegativeFloat = 5.0
+    save_img_folder: str = "img"
+    """Below job.dump_folder."""
+
+
+class Metrics(Section):
+    log_freq: PositiveInt = 10
+    """Steps between log lines."""
+    disable_color_printing: bool = False
+    enable_tensorboard: bool = False
+    save_tb_folder: str = "tb"
+    """Below job.dump_folder."""
+    enable_wandb: bool = False
+    """Log to Weights & Biases (extra `wandb`)."""
+
+
+class Profiling(Section):
+    enable_profiling: bool = False
+    save_traces_folder: str = "profile_traces"
+    """Below job.dump_folder."""
+    profile_freq: PositiveInt = 10
+    """Steps from one trace to the next."""
+    profiler_active: PositiveInt = 1
+    """Steps in a trace."""
+    profiler_warmup: NonNegativeInt = 3
+    enable_memory_snapshot: bool = False
+    """On CUDA: write an allocation history beside each trace."""
+    save_memory_snapshot_folder: str = "memory_snapshot"
+    """Below job.dump_folder."""
+
+
+class Comm(Section):
+    init_timeout_seconds: PositiveInt = 300
+    """Patience of collectives until the first step is done."""
+    train_timeout_seconds: PositiveInt = 100
+    """Patience of collectives afterwards."""
+
+
+class Debug(Section):
+    seed: NonNegativeInt = 0
+    """All randomness of the run is a function of this number and of the position in the run."""
+    deterministic: bool = False
+    """Only deterministic kernels: bitwise equal runs on GPUs too."""
+
+
+class JobConfig(Section):
+    """All settings of a run."""
+
+    job: Job = Field(default_factory=Job)
+    model: Model = Field(default_factory=Model)
+    encoder: Encoder = Field(default_factory=Encoder)
+    data: Data = Field(default_factory=Data)
+    flow: Flow = Field(default_factory=Flow)
+    training: Training = Field(default_factory=Training)
+    optimizer: Optimizer = Field(default_factory=Optimizer)
+    lr_scheduler: LRScheduler = Field(default_factory=LRScheduler)
+    ema: EMA = Field(default_factory=EMA)
+    parallelism: Parallelism = Field(default_factory=Parallelism)
+    activation_checkpoint: ActivationCheckpoint = Field(default_factory=ActivationCheckpoint)
+    compile: Compile = Field(default_factory=Compile)
+    checkpoint: Checkpoint = Field(default_factory=Checkpoint)
+    validation: Validation = Field(default_factory=Validation)
+    metrics: Metrics = Field(default_factory=Metrics)
+    profiling: Profiling = Field(default_factory=Profiling)
+    comm: Comm = Field(default_factory=Comm)
+    debug: Debug = Field(default_factory=Debug)
