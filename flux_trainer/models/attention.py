@@ -1,0 +1,49 @@
+"""Joint attention and its rotary position embedding.
+
+`attention` is the one seam that context parallelism swaps: each block holds it as `self.attention`.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Full (not causal, unmasked) attention; queries, keys, values and result are [B, L, H, D]."""
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # [B, H, L, D]
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+
+
+def rope_table(ids: Tensor, axes_dim: tuple[int, ...], theta: float) -> Tensor:
+    """Cosine and sine of every position's angles: [B, L, 1, D/2, 2] with D = sum(axes_dim).
+
+    `ids` [B, L, len(axes_dim)] are positions along each axis. Pair i of an axis with d dimensions turns by
+    position * theta^(-2i/d) (Su et al., "RoFormer", 2021; one such embedding per axis, side by side).
+
+    float32 or wider whatever the model computes in: bf16 cannot tell positions above 256 apart.
+    """
+    dtype = torch.promote_types(ids.dtype, torch.float32)
+    angles = []
+    for axis, dim in enumerate(axes_dim):
+        exponent = torch.arange(0, dim, 2, dtype=dtype, device=ids.device) / dim
+        angles.append(ids[..., axis, None].to(dtype) * (1.0 / theta**exponent))  # [B, L, d/2]
+    angle = torch.cat(angles, dim=-1)
+    return torch.stack((angle.cos(), angle.sin()), dim=-1).unsqueeze(2)
+
+
+def apply_rope(x: Tensor, table: Tensor) -> Tensor:
+    """Turn each pair (a, b) = (x_2i, x_2i+1) of x [B, L, H, D] to (cos a - sin b, sin a + cos b).
+
+    Computed in the table's dtype or wider, returned in that of x. The turn is the product of a + ib with
+    cos + i sin: one pass over memory in eager mode. The compiler has no code for complex numbers, but fuses
+    the same sum written out.
+    """
+    dtype = torch.promote_types(x.dtype, table.dtype)
+    table = table.to(dtype)
+    pairs = x.to(dtype).unflatten(-1, (-1, 2))  # [B, L, H, D/2, 2]
+    if torch.compiler.is_compiling():
+        (cos, sin), (a, b) = table.unbind(-1), pairs.unbind(-1)
+        turned = torch.stack((cos * a - sin * b, sin * a + cos * b), dim=-1)
+    else:
+        turned = torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(table))
+    return turned.flatten(-2).to(x.dtype)

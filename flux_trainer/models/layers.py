@@ -1,0 +1,117 @@
+"""The pieces FLUX transformers are built of, with Black Forest Labs' parameter names.
+
+Whatever dtype the weights have, statistics and sinusoids are computed in float32 or wider.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+NORM_EPS = 1e-6
+
+
+def timestep_embedding(t: Tensor, dim: int = 256, max_period: float = 10000.0) -> Tensor:
+    """Sinusoids [B, dim] of 1000 t for t [B]: cosines first, frequencies max_period^(-2i/dim).
+
+    In float32 or wider. bf16 would round 1000 t to steps of 4: t must already arrive in float32.
+    """
+    t = 1000.0 * t.to(torch.promote_types(t.dtype, torch.float32))
+    half = dim // 2
+    i = torch.arange(half, dtype=t.dtype, device=t.device)
+    angle = t[:, None] * torch.exp(-math.log(max_period) * i / half)
+    return torch.cat((angle.cos(), angle.sin()), dim=-1)
+
+
+class FusedLinear(nn.Linear):
+    """Several linears in one weight, named: their rows stacked along outputs, or columns along inputs.
+
+    `rows` and `columns` map each section's name to its size, in order. Initialisation, tensor parallelism and
+    the maps to other layouts read them here.
+    """
+
+    def __init__(self, columns: dict[str, int], rows: dict[str, int], bias: bool = True) -> None:
+        super().__init__(sum(columns.values()), sum(rows.values()), bias=bias)
+        self.columns = columns
+        self.rows = rows
+
+    def split(self, y: Tensor) -> tuple[Tensor, ...]:
+        """The sections of this layer's output [..., sum(rows)]."""
+        return y.split(list(self.rows.values()), dim=-1)
+
+
+class MLPEmbedder(nn.Module):
+    """Two linears with a SiLU between them: [B, in_dim] -> [B, hidden_dim]."""
+
+    def __init__(self, in_dim: int, hidden_dim: int) -> None:
+        super().__init__()
+        self.in_layer = nn.Linear(in_dim, hidden_dim)
+        self.out_layer = nn.Linear(hidden_dim, hidden_dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out_layer(F.silu(self.in_layer(x)))
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * scale over the last dimension.
+
+    Statistics in float32 or wider; rounded to the dtype of x before the multiplication with scale.
+    """
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, x.shape[-1:], eps=NORM_EPS) * self.scale
+
+
+class QKNorm(nn.Module):
+    """RMSNorm of queries and keys over the head dimension."""
+
+    def __init__(self, head_dim: int) -> None:
+        super().__init__()
+        self.query_norm = RMSNorm(head_dim)
+        self.key_norm = RMSNorm(head_dim)
+
+    def forward(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        return self.query_norm(q), self.key_norm(k)
+
+
+class LayerNorm(nn.LayerNorm):
+    """LayerNorm without parameters."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__(dim, eps=NORM_EPS, elementwise_affine=False)
+
+
+class Modulation(nn.Module):
+    """The conditioning vector [B, h] to `triples` x (shift, scale, gate), each [B, 1, h]."""
+
+    def __init__(self, dim: int, triples: int) -> None:
+        super().__init__()
+        self.chunks = 3 * triples
+        self.lin = nn.Linear(dim, self.chunks * dim)
+
+    def forward(self, vec: Tensor) -> tuple[Tensor, ...]:
+        return self.lin(F.silu(vec))[:, None, :].chunk(self.chunks, dim=-1)
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """(1 + scale) x + shift for x [B, L, h], shift and scale [B, 1, h] (adaLN, Peebles and Xie, 2023)."""
+    return (1 + scale) * x + shift
+
+
+class LastLayer(nn.Module):
+    """adaLN and a linear to the output channels: [B, L, h] -> [B, L, out_channels]."""
+
+    def __init__(self, dim: int, out_channels: int) -> None:
+        super().__init__()
+        self.norm_final = LayerNorm(dim)
+        self.linear = nn.Linear(dim, out_channels)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 2 * dim))
+
+    def forward(self, x: Tensor, vec: Tensor) -> Tensor:
+        shift, scale = self.adaLN_modulation(vec)[:, None, :].chunk(2, dim=-1)
+        return self.linear(modulate(self.norm_final(x), shift, scale))

@@ -1,0 +1,230 @@
+"""FLUX.1 against golden files written by BFL's code, and what no golden file can show."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from flux_trainer.models import layers
+from flux_trainer.models.attention import rope_table
+from flux_trainer.models.flux1 import Flux1Config, Flux1Model
+from flux_trainer.models.layers import timestep_embedding
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+CASES = ["flux1_A", "flux1_eps"]
+
+
+def load_case(case: str) -> tuple[Flux1Model, dict[str, torch.Tensor]]:
+    config = Flux1Config(**json.loads((GOLDEN / case / "config.json").read_text())["bfl"])
+    model = Flux1Model(config)
+    model.load_state_dict(load_file(GOLDEN / case / "weights_bfl.safetensors"), strict=True)
+    return model, load_file(GOLDEN / case / "io.safetensors")
+
+
+def inputs(io: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    names = ("img", "img_ids", "txt", "txt_ids", "timesteps", "y", "guidance")
+    return {name: io[f"in.{name}"].clone() for name in names}
+
+
+def assert_within(actual: torch.Tensor, expected: torch.Tensor, name: str) -> None:
+    """Largest difference at most 2e-5 of the largest entry."""
+    error, largest = (actual - expected).abs().max().item(), expected.abs().max().item()
+    assert error <= 2e-5 * largest, f"{name}: off by {error:.2e}, largest entry {largest:.2e}"
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_outputs_and_activations(case):
+    model, io = load_case(case)
+    seen: dict[str, torch.Tensor] = {}
+
+    def keep(name):
+        def hook(module, args, output):
+            if isinstance(output, tuple):
+                seen[f"{name}.img"], seen[f"{name}.txt"] = output
+            else:
+                seen[name] = output
+
+        return hook
+
+    for name, module in [("img_in", model.img_in), ("txt_in", model.txt_in), *model.blocks()]:
+        module.register_forward_hook(keep(name))
+    model.final_layer.register_forward_pre_hook(lambda module, args: seen.update(vec=args[1]))
+    with torch.no_grad():
+        out = model(**inputs(io))
+    torch.testing.assert_close(out, io["out"], atol=2e-5, rtol=0)
+    expected = {key.removeprefix("act."): value for key, value in io.items() if key.startswith("act.")}
+    table = expected.pop("pe")
+    assert seen.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(seen[name], value, atol=2e-5, rtol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+
+    ids = torch.cat((io["in.txt_ids"], io["in.img_ids"]), dim=1)
+    torch.testing.assert_close(
+        as_matrices(rope_table(ids, model.config.axes_dim, model.config.theta)), table, atol=2e-7, rtol=0
+    )
+
+
+def as_matrices(table: torch.Tensor) -> torch.Tensor:
+    """Our [B, L, 1, D/2, 2] as BFL's rotation matrices [B, 1, L, D/2, 2, 2]."""
+    cos, sin = table.transpose(1, 2).unbind(-1)
+    return torch.stack((cos, -sin, sin, cos), dim=-1).unflatten(-1, (2, 2))
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("compiling", [False, True])
+def test_gradients(case, compiling, monkeypatch):
+    """Of every parameter and input; also with the arithmetic that is used inside compiled blocks."""
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiling)
+    model, io = load_case(case)
+    arguments = inputs(io)
+    for name in ("img", "txt", "y"):
+        arguments[name].requires_grad_()
+    out = model(**arguments)
+    (out * io["probe"]).sum().backward()
+    torch.testing.assert_close(out, io["out"], atol=2e-5, rtol=0)
+    expected = load_file(GOLDEN / case / "grads_bfl.safetensors")
+    actual = {name: p.grad for name, p in model.named_parameters()}
+    assert actual.keys() == expected.keys()
+    for name in expected:
+        assert_within(actual[name], expected[name], name)
+    for name in ("img", "txt", "y"):
+        assert_within(arguments[name].grad, io[f"grad.{name}"], name)
+
+
+@pytest.mark.parametrize("norm", ["LayerNorm", "RMSNorm"])
+def test_eps_case_sees_a_wrong_eps(norm, monkeypatch):
+    """The golden case is sharp enough: 1e-5 instead of 1e-6 in either norm fails it."""
+    model, io = load_case("flux1_eps")
+    if norm == "RMSNorm":
+        monkeypatch.setattr(layers, "NORM_EPS", 1e-5)
+    else:
+        for module in model.modules():
+            if isinstance(module, layers.LayerNorm):
+                module.eps = 1e-5
+    with torch.no_grad():
+        out = model(**inputs(io))
+    assert (out - io["out"]).abs().max() > 20 * 2e-5
+
+
+def test_attention_is_not_causal():
+    """The last image token reaches the first text token within one block of either kind."""
+    model, io = load_case("flux1_A")
+    arguments = inputs(io)
+    moved = {**arguments, "img": arguments["img"].clone()}
+    moved["img"][:, -1] += 1.0
+
+    @torch.no_grad()
+    def first_text_tokens(arguments):
+        ids = torch.cat((arguments["txt_ids"], arguments["img_ids"]), dim=1)
+        pe = rope_table(ids, model.config.axes_dim, model.config.theta)
+        img, txt, vec = model.img_in(arguments["img"]), model.txt_in(arguments["txt"]), io["act.vec"]
+        double = model.double_blocks[0](img, txt, vec, pe)[1]
+        single = model.single_blocks[0](torch.cat((txt, img), dim=1), vec, pe)
+        return double[:, 0], single[:, 0]
+
+    for before, after in zip(first_text_tokens(arguments), first_text_tokens(moved), strict=True):
+        assert (before - after).abs().max() > 1e-3
+
+
+def test_bf16_weights_keep_float32_where_it_matters():
+    model, io = load_case("flux1_A")
+    arguments = inputs(io)
+    with torch.no_grad():
+        exact = model(**arguments)
+    model.bfloat16()
+    seen = {}
+    model.double_blocks[0].register_forward_pre_hook(
+        lambda m, args: seen.update(img=args[0].dtype, vec=args[2].dtype, pe=args[3].dtype)
+    )
+    with torch.no_grad():
+        rounded = model(**arguments)
+    assert seen == {"img": torch.bfloat16, "vec": torch.bfloat16, "pe": torch.float32}
+    assert rounded.dtype == torch.bfloat16
+    assert timestep_embedding(arguments["timesteps"]).dtype == torch.float32
+    error = (rounded.float() - exact).square().mean().sqrt() / exact.square().mean().sqrt()
+    assert error < 0.02  # measured: 0.011; timesteps and guidance rounded to bf16 give 0.5
+
+
+def test_bf16_rms_norm_computes_statistics_in_float32():
+    norm = layers.RMSNorm(48).bfloat16()
+    with torch.no_grad():
+        norm.scale.copy_(torch.linspace(0.5, 2, 48))
+    x = torch.randn(64, 48, generator=torch.Generator().manual_seed(0)).mul_(3).bfloat16()
+    wide = x.float()
+    expected = (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-6)).bfloat16() * norm.scale
+    torch.testing.assert_close(norm(x), expected, atol=0, rtol=0)
+
+
+def test_float64_throughout():
+    """With inputs in float64 nothing inside is rounded to float32 (which would leave 1e-7)."""
+    model, io = load_case("flux1_A")
+    model.double()
+    arguments = {name: value.double() for name, value in inputs(io).items()}
+    seen = {}
+    model.double_blocks[0].register_forward_pre_hook(lambda m, args: seen.update(pe=args[3].dtype))
+    with torch.no_grad():
+        out = model(**arguments)
+        nudged = model(**{**arguments, "timesteps": arguments["timesteps"] + 1e-12})
+    assert seen["pe"] == out.dtype == torch.float64
+    torch.testing.assert_close(out.float(), io["out"], atol=1e-3, rtol=0)  # float32 rounds 3500 rad to 2e-4
+    assert 0 < (nudged - out).abs().max() < 1e-7
+
+
+def test_guidance():
+    model, io = load_case("flux1_A")
+    arguments = inputs(io)
+    with pytest.raises(ValueError, match="guidance"):
+        model(**{**arguments, "guidance": None})
+    config = Flux1Config(**{**vars(model.config), "guidance_embed": False})
+    plain = Flux1Model(config)
+    assert plain.guidance_in is None
+    with torch.no_grad():
+        assert torch.equal(plain(**arguments), plain(**{**arguments, "guidance": None}))
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        ({"hidden_size": 50}, "num_heads"),
+        ({"axes_dim": [2, 4, 8]}, "axes_dim"),
+        ({"axes_dim": [3, 3, 6]}, "even"),
+        ({"depth": -1}, "depth"),
+        ({"num_heads": 0}, "num_heads"),
+        ({"mlp_ratio": 0.0}, "mlp_ratio"),
+    ],
+)
+def test_impossible_configs_are_refused(change, word):
+    fields = json.loads((GOLDEN / "flux1_A" / "config.json").read_text())["bfl"]
+    with pytest.raises(ValueError, match=word):
+        Flux1Config(**{**fields, **change})
+
+
+def test_qkv_bias_is_optional():
+    fields = json.loads((GOLDEN / "flux1_A" / "config.json").read_text())["bfl"]
+    with torch.device("meta"):
+        with_bias, without = (Flux1Model(Flux1Config(**{**fields, "qkv_bias": b})) for b in (True, False))
+    gone = set(with_bias.state_dict()) - set(without.state_dict())
+    assert gone == {f"double_blocks.{i}.{s}_attn.qkv.bias" for i in (0, 1) for s in ("img", "txt")}
+
+
+@pytest.mark.slow
+def test_blocks_compile_without_breaks():
+    """Forward and backward of both kinds of block through AOTAutograd equal eager mode."""
+    model, io = load_case("flux1_A")
+    arguments = inputs(io)
+
+    def run():
+        model.zero_grad()
+        out = model(**arguments)
+        (out * io["probe"]).sum().backward()
+        return out, [p.grad.clone() for p in model.parameters()]
+
+    out, grads = run()
+    for block in (model.double_blocks[0], model.single_blocks[0]):
+        block.compile(backend="aot_eager", fullgraph=True)
+    compiled_out, compiled_grads = run()
+    torch.testing.assert_close(compiled_out, out, atol=1e-5, rtol=0)
+    for a, b in zip(compiled_grads, grads, strict=True):
+        assert_within(a, b, "gradient")
