@@ -1,0 +1,73 @@
+"""AdamW over sharded parameters, and a step that a device-side flag can cancel."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from flux_trainer.config.schema import Optimizer
+
+
+def build_optimizer(named: Iterable[tuple[str, nn.Parameter]], section: Optimizer) -> torch.optim.Optimizer:
+    """Adam or AdamW (Loshchilov & Hutter 2019). Only matrices decay: biases and norm scales are vectors.
+
+    `decay_all` decays those too, as torchtitan v0.2 does.
+    """
+    parameters = [p for _, p in named if p.requires_grad]
+    matrices = [p for p in parameters if p.ndim >= 2 or section.decay_all]
+    vectors = [p for p in parameters if not (p.ndim >= 2 or section.decay_all)]
+    groups = [
+        {"params": params, "weight_decay": decay}
+        for params, decay in ((matrices, section.weight_decay), (vectors, 0.0))
+        if params
+    ]
+    cls = {"AdamW": torch.optim.AdamW, "Adam": torch.optim.Adam}[section.name]
+    return cls(
+        groups,
+        lr=section.lr,
+        betas=(section.beta1, section.beta2),
+        eps=section.eps,
+        fused=section.implementation == "fused",
+        foreach=section.implementation == "foreach",
+    )
+
+
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+
+def step(optimizer: torch.optim.Optimizer, skip: Tensor) -> None:
+    """One optimizer step, or none, leaving weights and moments untouched, where `skip` (float32 scalar) is 1.
+
+    The fused kernels read the flag on the device; the other implementations have to ask the host.
+    """
+    if optimizer.defaults["fused"]:
+        optimizer.found_inf = skip  # type: ignore[attr-defined]
+        optimizer.step()
+    elif not skip.item():
+        optimizer.step()
+
+
+def optimizer_tensors(
+    optimizer: torch.optim.Optimizer, named: Iterable[tuple[str, nn.Parameter]]
+) -> dict[str, Tensor]:
+    """Adam's state as a flat dict `optimizer.state.<parameter>.<step|exp_avg|exp_avg_sq>` of live tensors.
+
+    Before the first step there is none: it is made here, as Adam itself would, so that it can be loaded into.
+    """
+    tensors: dict[str, Tensor] = {}
+    for name, p in named:
+        if not p.requires_grad:
+            continue
+        state = optimizer.state[p]
+        if not state:
+            on_device = p.device if optimizer.defaults["fused"] else torch.device("cpu")
+            state["step"] = torch.zeros((), dtype=torch.float32, device=on_device)
+            state["exp_avg"] = torch.zeros_like(p, memory_format=torch.preserve_format)
+            state["exp_avg_sq"] = torch.zeros_like(p, memory_format=torch.preserve_format)
+        for key, value in state.items():
+            tensors[f"optimizer.state.{name}.{key}"] = value
+    return tensors
