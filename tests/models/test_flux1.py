@@ -7,6 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from flux_trainer.flow.euler import euler
+from flux_trainer.flow.latents import pack, unpack
 from flux_trainer.models import layers
 from flux_trainer.models.attention import rope_table
 from flux_trainer.models.flux1 import Flux1Config, Flux1Model
@@ -228,3 +230,37 @@ def test_blocks_compile_without_breaks():
     torch.testing.assert_close(compiled_out, out, atol=1e-5, rtol=0)
     for a, b in zip(compiled_grads, grads, strict=True):
         assert_within(a, b, "gradient")
+
+
+def test_golden_sampling():
+    """Our packing, sampler and model against the trajectory of BFL's."""
+    model, _ = load_case("flux1_A")
+    golden = load_file(GOLDEN / "sampling" / "flux1_A.safetensors")
+    noise, latents = golden["in.noise"], golden["in.noise_latents"]
+    torch.testing.assert_close(pack(latents), noise, atol=0, rtol=0)
+    conditioning = {name: golden[f"in.{name}"] for name in ("img_ids", "txt", "txt_ids", "y")}
+    guidance = golden["guidance"].expand(len(noise))
+    step = 0
+
+    def predict(x, t):
+        nonlocal step
+        expected = {key: golden[f"plain.step{step}.{key}"] for key in ("model_in", "t", "pred")}
+        v = model(img=x, timesteps=t, guidance=guidance, **conditioning)
+        for ours, key in [(x, "model_in"), (t, "t"), (v, "pred")]:
+            torch.testing.assert_close(ours, expected[key], atol=2e-5, rtol=0)
+        step += 1
+        return v
+
+    with torch.no_grad():
+        out = euler(predict, noise, golden["timesteps"].tolist())
+    assert step == 4
+    torch.testing.assert_close(out, golden["out"], atol=2e-5, rtol=0)
+    torch.testing.assert_close(unpack(out, *latents.shape[2:]), golden["out_unpacked"], atol=2e-5, rtol=0)
+
+
+def test_golden_sinusoids_and_table_at_real_size():
+    golden = load_file(GOLDEN / "ids_packing_math.safetensors")
+    ours = timestep_embedding(golden["math.t"])
+    torch.testing.assert_close(ours, golden["math.timestep_embedding_256"], atol=1e-6, rtol=0)
+    table = as_matrices(rope_table(golden["math.flux1.ids"], (16, 56, 56), 10000))
+    torch.testing.assert_close(table, golden["math.flux1.pe_16_56_56_theta10000"], atol=2e-7, rtol=0)
