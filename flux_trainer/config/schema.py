@@ -19,9 +19,9 @@ Degree = Annotated[int, Field(ge=1)]
 
 
 class Section(BaseModel):
-    """A TOML section: unknown keys are errors, types are not coerced beyond int -> float."""
+    """A TOML section: unknown keys are errors, only int -> float is coerced, numbers are finite."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid", strict=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
 
 class Job(Section):
@@ -36,8 +36,8 @@ class Job(Section):
 class Model(Section):
     name: Literal["flux1"] = "flux1"
     """Model family."""
-    flavor: str = "flux-dev"
-    """Size: flux-dev, flux-schnell, flux-debug or flux-tiny."""
+    flavor: Literal["flux-dev", "flux-schnell", "flux-debug", "flux-tiny"] = "flux-dev"
+    """Size of the model."""
 
 
 class Encoder(Section):
@@ -65,7 +65,7 @@ class Encoder(Section):
 
 class Source(Section):
     type: Literal["folder", "jsonl", "hf", "synthetic"]
-    """folder: images with .txt captions; jsonl: one object per line; hf: Hugging Face datasets; synthetic: noise."""
+    """folder: images beside .txt captions; jsonl: an object per line; hf: Hugging Face; synthetic: noise."""
     path: str = ""
     """Folder, jsonl file, or data set id (or a folder written by `save_to_disk`)."""
     split: str = "train"
@@ -107,11 +107,11 @@ class Flow(Section):
     logit_std: PositiveFloat = 1.0
     """Deviation of logit(t) for logit_normal."""
     shift: Literal["none", "flux"] | PositiveFloat = "none"
-    """Move t towards noise: flux: by FLUX.1's line in the token count; a number s: t -> s t / (1 + (s - 1) t)."""
+    """Move t towards noise. flux: by FLUX.1's line in the token count; number s: t -> st / (1 + (s - 1)t)."""
     weighting: Literal["none", "sigma_sqrt", "cosmap"] = "none"
     """Loss weight as a function of t."""
     guidance: NonNegativeFloat = 1.0
-    """Distilled guidance fed to guidance-embedding models. 1: the plain conditional velocity, which is the target."""
+    """Distilled guidance fed to guidance-embedding models. 1: plain conditional velocity, the target."""
 
 
 class Training(Section):
@@ -193,7 +193,7 @@ class ActivationCheckpoint(Section):
     mode: Literal["none", "full", "selective"] = "selective"
     """none: keep all activations; full: recompute every block; selective: see selective_ac_option."""
     selective_ac_option: str = "op"
-    """op: recompute all but attention and every second matrix product; a number n: recompute every n-th block."""
+    """op: recompute all but attention and every second matrix product; a number n: every n-th block."""
 
 
 class Compile(Section):
@@ -211,7 +211,7 @@ class Checkpoint(Section):
     interval: PositiveInt = 500
     """Steps between saves. The last step is always saved."""
     initial_load_path: str = ""
-    """A checkpoint folder of this trainer (step-N) to take the model's weights from when there is nothing to resume."""
+    """A checkpoint of this trainer (step-N) whose model weights start a run that has nothing to resume."""
     keep_latest_k: NonNegativeInt = 10
     """Older checkpoints are deleted; 0: keep all."""
     load_step: int = -1
