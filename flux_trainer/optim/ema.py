@@ -57,7 +57,9 @@ class EMA:
     def swapped_in(self) -> Iterator[None]:
         """Within the context the parameters hold the averages. Gathered copies must have been freed before."""
         narrow = {  # a swap would round the averages of parameters in a narrower dtype: keep those aside
-            name: p.detach().clone() for name, p in self.parameters.items() if p.dtype != self.averages[name].dtype
+            name: p.detach().clone()
+            for name, p in self.parameters.items()
+            if p.dtype != self.averages[name].dtype
         }
         self._swap(narrow, back=False)
         try:

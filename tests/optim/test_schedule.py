@@ -20,9 +20,7 @@ def test_decay_fills_all_after_the_warm_up_unless_told_otherwise():
     assert factors(8, warmup_steps=0, decay_ratio=0.5) == pytest.approx([1, 1, 1, 1, 1, 0.75, 0.5, 0.25])
 
 
-@pytest.mark.parametrize(
-    ("kind", "half"), [("linear", 0.5), ("sqrt", 1 - math.sqrt(0.5)), ("cosine", 0.5)]
-)
+@pytest.mark.parametrize(("kind", "half"), [("linear", 0.5), ("sqrt", 1 - math.sqrt(0.5)), ("cosine", 0.5)])
 def test_shapes_at_half_way_and_at_the_end(kind, half):
     section = LRScheduler(warmup_steps=0, decay_type=kind, min_lr_factor=0.2)
     assert lr_factor(51, section, 100) == pytest.approx(0.2 + 0.8 * half)

@@ -28,7 +28,9 @@ def set_grads(net: torch.nn.Module, seed: int) -> None:
 def test_only_matrices_decay(decay_all):
     net = model()
     before = {n: p.detach().clone() for n, p in net.named_parameters()}
-    optimizer = build_optimizer(net.named_parameters(), Optimizer(lr=0.1, weight_decay=0.5, decay_all=decay_all))
+    optimizer = build_optimizer(
+        net.named_parameters(), Optimizer(lr=0.1, weight_decay=0.5, decay_all=decay_all)
+    )
     for p in net.parameters():
         p.grad = torch.zeros_like(p)
     step(optimizer, GO)
@@ -44,7 +46,9 @@ def test_a_skipped_step_leaves_weights_and_moments_as_they_are(implementation):
     set_grads(net, 1)
     step(optimizer, GO)
     named = dict(net.named_parameters())
-    before = copy.deepcopy({**{n: p.detach() for n, p in named.items()}, **optimizer_tensors(optimizer, named.items())})
+    before = copy.deepcopy(
+        {**{n: p.detach() for n, p in named.items()}, **optimizer_tensors(optimizer, named.items())}
+    )
     for p in net.parameters():
         p.grad = torch.full_like(p, float("nan"))
     step(optimizer, SKIP)

@@ -1,0 +1,56 @@
+"""Activation checkpointing (rematerialisation), block by block.
+
+A block's `forward` is replaced, rather than the block wrapped, so parameter names stay as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import partial
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from flux_trainer.config.schema import ActivationCheckpoint
+
+aten = torch.ops.aten
+# The dearest results to compute again: attention's output, on every backend.
+ATTENTION = {
+    aten._scaled_dot_product_flash_attention.default,
+    aten._scaled_dot_product_efficient_attention.default,
+    aten._scaled_dot_product_cudnn_attention.default,
+    aten._scaled_dot_product_flash_attention_for_cpu.default,
+}
+MATMULS = {aten.mm.default, aten.addmm.default}
+
+
+def _selective_contexts():
+    """Keep attention and every second matrix product, recompute all else."""
+    count = {False: 0, True: 0}  # forward and recomputation each count for themselves
+
+    def policy(ctx, op, *args, **kwargs) -> CheckpointPolicy:
+        if op in MATMULS:
+            count[ctx.is_recompute] += 1
+        keep = op in ATTENTION or (op in MATMULS and count[ctx.is_recompute] % 2 == 1)
+        return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
+
+    return create_selective_checkpoint_contexts(policy)
+
+
+def apply_checkpointing(blocks: Iterable[nn.Module], section: ActivationCheckpoint) -> None:
+    """Make the blocks recompute their activations in backward, as `[activation_checkpoint]` says, in place."""
+    if section.mode == "none":
+        return
+    every, contexts = 1, {}
+    if section.mode == "selective":
+        if section.selective_ac_option == "op":
+            contexts = {"context_fn": _selective_contexts}
+        else:
+            every = int(section.selective_ac_option)
+    for index, block in enumerate(blocks):
+        if index % every == 0:
+            # The model draws no random numbers, so there is no generator state to restore.
+            block.forward = partial(
+                checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False, **contexts
+            )

@@ -1,0 +1,234 @@
+"""A parallel model computes what the plain one does: gradients in float64 against one process, block by block options."""
+
+import pytest
+import torch
+from helpers.ranks import run_ranks
+from torch.distributed.tensor import DTensor
+
+from flux_trainer.config.schema import ActivationCheckpoint, Compile, Parallelism
+from flux_trainer.flow.latents import image_ids, text_ids
+from flux_trainer.models.flux1 import Flux1Config, Flux1Model
+from flux_trainer.models.init import Normal
+from flux_trainer.optim.guard import clip_grad_norm
+from flux_trainer.parallel.apply import parallelize
+from flux_trainer.parallel.fsdp import defer_all_reduce, reshard
+from flux_trainer.parallel.init import init_weights
+from flux_trainer.parallel.mesh import build_mesh
+
+CONFIG = Flux1Config(
+    in_channels=64,
+    out_channels=64,
+    vec_in_dim=12,
+    context_in_dim=20,
+    hidden_size=16,
+    mlp_ratio=4.0,
+    num_heads=2,
+    depth=1,
+    depth_single_blocks=2,
+    axes_dim=(2, 2, 4),
+    theta=10000,
+    qkv_bias=True,
+    guidance_embed=True,
+)
+BATCH = 8
+
+
+def build(
+    world_size: int,
+    *,
+    replicate: int = 1,
+    dtype=torch.float64,
+    reshard="default",
+    remat="none",
+    option="op",
+    compile=False,
+    param_dtype=None,
+) -> Flux1Model:
+    """A model with random values in every parameter, on this process's mesh."""
+    torch.set_default_dtype(dtype)
+    with torch.device("meta"):
+        model = Flux1Model(CONFIG)
+    torch.set_default_dtype(torch.float32)
+    parallelism = Parallelism(data_parallel_replicate_degree=replicate, fsdp_reshard_after_forward=reshard)
+    parallelize(
+        model,
+        [block for _, block in model.blocks()],
+        build_mesh(parallelism, world_size, "cpu") if world_size > 1 else One(),
+        parallelism=parallelism,
+        activation_checkpoint=ActivationCheckpoint(mode=remat, selective_ac_option=option),
+        compile=Compile(enable=compile, backend="aot_eager"),
+        param_dtype=param_dtype or dtype,
+        reduce_dtype=dtype,
+    )
+    model.to_empty(device="cpu")
+    init_weights(model, {name: Normal(0.3) for name, _ in model.named_parameters()}, seed=1)
+    return model
+
+
+class One:
+    """Stands for the mesh of a single process without a process group."""
+
+    def size(self) -> int:
+        return 1
+
+
+def samples(dtype=torch.float64) -> dict[str, torch.Tensor]:
+    g = torch.Generator().manual_seed(0)
+    r = lambda *shape: torch.randn(*shape, generator=g, dtype=dtype)  # noqa: E731
+    return dict(
+        img=r(BATCH, 6, 64),
+        img_ids=image_ids(BATCH, 4, 6, torch.device("cpu")),
+        txt=r(BATCH, 5, 20),
+        txt_ids=text_ids(BATCH, 5, torch.device("cpu")),
+        timesteps=torch.rand(BATCH, generator=g, dtype=dtype),
+        y=r(BATCH, 12),
+        guidance=torch.full((BATCH,), 3.5, dtype=dtype),
+    )
+
+
+def gradients(
+    model: Flux1Model, rows: list[slice], dtype=torch.float64
+) -> tuple[dict[str, torch.Tensor], float]:
+    """Whole gradients and their norm after accumulating over the given rows of the samples."""
+    inputs = samples(dtype)
+    for i, part in enumerate(rows):
+        defer_all_reduce(model, is_last=i == len(rows) - 1)
+        out = model(**{k: v[part] for k, v in inputs.items()})
+        (out**2).sum().div(BATCH).backward()
+    norm = clip_grad_norm(model.parameters(), 0.0).item()
+    whole = lambda t: t.full_tensor() if isinstance(t, DTensor) else t  # noqa: E731
+    return {name: whole(p.grad) for name, p in model.named_parameters()}, norm
+
+
+def on_a_rank(options: dict, micro: int):
+    """This rank's result for its share of the batch, in micro-batches of `micro` samples."""
+    rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    share = BATCH // world
+    rows = [slice(i, i + micro) for i in range(rank * share, (rank + 1) * share, micro)]
+    return gradients(build(world, **options), rows)
+
+
+def assert_same(got: tuple, want: tuple, tolerance: float) -> None:
+    assert got[1] == pytest.approx(want[1], rel=tolerance)
+    assert got[0].keys() == want[0].keys()
+    for name, gradient in want[0].items():
+        error = (got[0][name] - gradient).abs().max() / gradient.abs().max()
+        assert error <= tolerance, (name, error)
+
+
+@pytest.fixture(scope="module")
+def one_process():
+    return gradients(build(1), [slice(0, BATCH)])
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(
+    ("ranks", "options", "micro"),
+    [
+        (2, {}, 4),
+        (2, {}, 1),
+        (2, {"reshard": "never"}, 2),
+        (4, {"replicate": 2}, 1),
+        (2, {"replicate": 2}, 2),
+        (2, {"remat": "full"}, 2),
+        (2, {"remat": "selective"}, 2),
+        (2, {"remat": "selective", "compile": True}, 2),
+    ],
+    ids=str,
+)
+def test_gradients_equal_one_process(ranks, options, micro, one_process):
+    for result in run_ranks(ranks, on_a_rank, options, micro):
+        assert_same(result, one_process, 1e-11)
+
+
+def test_accumulation_equals_one_large_batch(one_process):
+    assert_same(gradients(build(1), [slice(i, i + 1) for i in range(BATCH)]), one_process, 1e-11)
+    assert_same(gradients(build(1), [slice(0, 3), slice(3, 8)]), one_process, 1e-11)
+
+
+@pytest.mark.parametrize("remat", [("full", "op"), ("selective", "op"), ("selective", "2")], ids=str)
+def test_checkpointing_recomputes_and_changes_no_bit(remat, one_process):
+    model = build(1, remat=remat[0], option=remat[1])
+    calls = []
+    model.single_blocks[1].linear1.register_forward_hook(lambda *_: calls.append(1))
+    got = gradients(model, [slice(0, BATCH)])
+    # blocks 0 and 2 of the three are recomputed with option 2; the hook sits in block 2
+    assert len(calls) == 2, "the forward is run again in backward"
+    assert all(torch.equal(got[0][k], v) for k, v in one_process[0].items())
+
+
+def weights(world_size: int, replicate: int = 1) -> dict[str, torch.Tensor]:
+    model = build(world_size, replicate=replicate, dtype=torch.float32)
+    return {n: p.full_tensor() if isinstance(p, DTensor) else p.detach() for n, p in model.named_parameters()}
+
+
+def weights_on_a_rank(replicate: int) -> dict[str, torch.Tensor]:
+    return weights(torch.distributed.get_world_size(), replicate)
+
+
+@pytest.mark.distributed
+def test_initial_weights_do_not_depend_on_the_world():
+    """Also where rows do not divide by ranks: 20 columns, 16 rows, 64 rows over 3 ranks."""
+    want = weights(1)
+    assert want["double_blocks.0.img_attn.qkv.weight"].std() == pytest.approx(0.3, rel=0.1)
+    flat = torch.cat([w.flatten() for w in want.values()])
+    assert flat.unique().numel() > 0.99 * flat.numel(), "every element has a value of its own"
+    for ranks, replicate in ((2, 1), (3, 1), (4, 2)):
+        for got in run_ranks(ranks, weights_on_a_rank, replicate):
+            assert all(torch.equal(got[k], want[k]) for k in want)
+
+
+def dtypes_on_a_rank() -> dict[str, set]:
+    """What blocks and embedders see under bf16 mixed precision."""
+    seen: dict[str, set] = {"pe": set(), "img": set(), "weight": set(), "time": set(), "grad": set()}
+    model = build(torch.distributed.get_world_size(), dtype=torch.float32, param_dtype=torch.bfloat16)
+
+    def look(block, args):
+        seen["img"].add(args[0].dtype)
+        seen["pe"].add(args[-1].dtype)
+        seen["weight"].add(block.img_attn.qkv.weight.dtype)
+
+    model.double_blocks[0].register_forward_pre_hook(look)
+    from flux_trainer.models import flux1
+
+    original = flux1.timestep_embedding
+
+    def spy(t, *args):
+        seen["time"] |= {t.dtype, original(t, *args).dtype}
+        return original(t, *args)
+
+    flux1.timestep_embedding = spy
+    grads, _ = gradients(model, [slice(0, 4)], torch.float32)
+    flux1.timestep_embedding = original
+    seen["grad"] = {g.dtype for g in grads.values()}
+    return seen
+
+
+@pytest.mark.distributed
+def test_positions_and_times_stay_float32_under_mixed_precision():
+    for seen in run_ranks(2, dtypes_on_a_rank):
+        assert seen == {
+            "pe": {torch.float32},
+            "time": {torch.float32},
+            "img": {torch.bfloat16},
+            "weight": {torch.bfloat16},
+            "grad": {torch.float32},
+        }
+
+
+def test_blocks_of_a_kind_share_one_compiled_graph(monkeypatch, one_process):
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile
+    monkeypatch.setattr(
+        torch, "compile", lambda f, backend, fullgraph: compiled(f, backend=counter, fullgraph=fullgraph)
+    )
+    assert_same(gradients(build(1, compile=True), [slice(0, BATCH)]), one_process, 1e-11)
+    assert counter.frame_count == 2, "one for double, one for single blocks"
+
+
+def test_a_mesh_that_does_not_fit_is_refused():
+    with pytest.raises(ValueError, match=r"3 .* x 1 .* = 3 ranks, but the world has 4"):
+        build_mesh(Parallelism(data_parallel_replicate_degree=3), 4, "cpu")
