@@ -1,0 +1,150 @@
+"""The process group: how ranks find each other, the CPU groups beside the main one, and a clean end.
+
+Tensors of the model travel by nccl on CUDA and by gloo on CPU. Decisions of the host (stop flags, figures,
+checkpoints) travel on gloo groups of their own, so that they never wait for a device, nor for each other.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+
+T = TypeVar("T")
+
+# A rank may write its share of a checkpoint for long while the others wait. A dead peer is noticed at once
+# whatever this says (its connection closes); only a hung one is waited for.
+_CHECKPOINT_TIMEOUT = timedelta(minutes=30)
+
+
+class PeerLost(RuntimeError):
+    """A collective failed: another rank is gone or hung. Leave without saving, the state may be torn."""
+
+
+@dataclass(frozen=True)
+class World:
+    """This process's place among all of them, and the groups in which the hosts talk."""
+
+    rank: int
+    local_rank: int
+    size: int
+    device: torch.device
+    control: dist.ProcessGroup
+    """gloo; for small messages of the training loop."""
+    checkpoint: dist.ProcessGroup
+    """gloo; used by the thread that writes checkpoints, beside the training loop."""
+
+    def sum(self, values: Sequence[float]) -> list[float]:
+        """Add up each entry over all ranks, in float64 on the host."""
+        total = torch.tensor(values, dtype=torch.float64)
+        with peers_alive("adding up figures"):
+            dist.all_reduce(total, group=self.control)
+        return total.tolist()
+
+    def set_timeout(self, seconds: float) -> None:
+        """Set the patience of all groups but the checkpoint's, once every rank has come here.
+
+        For after the first step, which compiles and connects and so takes far longer than later ones.
+        """
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        with peers_alive("setting the timeout"):
+            dist.barrier(group=self.control)
+        for group in list(dist.distributed_c10d._world.pg_map):
+            if group is not self.checkpoint:
+                dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)
+
+    def close(self) -> None:
+        """End the process group together; not after an error, for a peer may be gone."""
+        with peers_alive("leaving"):
+            dist.barrier(group=self.control)  # without it, a rank that leaves early can abort the others
+        dist.destroy_process_group()
+
+
+def init_distributed(timeout_seconds: float = 300) -> World:
+    """Join the ranks that torchrun started, or form a world of one where it did not.
+
+    A default process group that exists already is used as it is.
+
+    Args:
+        timeout_seconds: patience of collectives, until `World.set_timeout`.
+
+    Raises:
+        ValueError: more ranks were started on this machine than it has GPUs.
+    """
+    rank, local_rank, size = (
+        int(os.environ.get(name, default))
+        for name, default in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1))
+    )
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        if local_rank >= torch.cuda.device_count():
+            raise ValueError(
+                f"This machine has {torch.cuda.device_count()} GPUs, but {local_rank + 1} ranks or more were "
+                "started on it. Start one rank per GPU: NGPU, or torchrun's --nproc-per-node."
+            )
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+    timeout = timedelta(seconds=timeout_seconds)
+    if not dist.is_initialized():
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        if "RANK" in os.environ:
+            dist.init_process_group(backend, timeout=timeout)
+        else:  # the store lies in this process: no port, no environment
+            store = dist.HashStore()  # type: ignore[attr-defined]
+            dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
+    return World(
+        rank=rank,
+        local_rank=local_rank,
+        size=size,
+        device=device,
+        control=dist.new_group(backend="gloo", timeout=timeout),
+        checkpoint=dist.new_group(backend="gloo", timeout=_CHECKPOINT_TIMEOUT),
+    )
+
+
+def all_gather(value: T, group: dist.ProcessGroup | None) -> list[T]:
+    """What each rank of `group` gave, in rank order; values travel by pickle. No group: a world of one."""
+    if group is None:
+        return [value]
+    values: list[T] = [value] * dist.get_world_size(group)
+    with peers_alive("gathering"):
+        dist.all_gather_object(values, value, group=group)
+    return values
+
+
+@contextmanager
+def peers_alive(doing: str) -> Iterator[None]:
+    """Turn the failure of a collective inside into PeerLost."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise PeerLost(f"Another rank is gone or hung; noticed while {doing}: {error}") from error
+
+
+def set_deterministic(seed: int, deterministic: bool) -> None:
+    """Choose the numerical policy of this process; before the first CUDA kernel.
+
+    The trainer's own numbers are functions of (seed, purpose, draw); torch's generators are seeded as well,
+    for whatever else draws from them. float32 products are computed in float32: who wants speed sets a
+    narrower dtype.
+
+    Args:
+        seed: for torch's generators.
+        deterministic: use only kernels that give the same bits each time, and fail where there is none.
+    """
+    torch.manual_seed(seed)
+    torch.set_float32_matmul_precision("highest")
+    if deterministic:
+        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # cuBLAS picks its split of a sum by free workspace
+        torch.use_deterministic_algorithms(True)
+        torch.backends.cudnn.deterministic = True
+        torch.backends.cudnn.benchmark = False  # the fastest kernel may be another one tomorrow
+        # not a pass of NaN over every new tensor
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
