@@ -17,9 +17,9 @@ def _local(tensor: Tensor) -> Tensor:
 class EMA:
     """averages <- averages + w * (parameters - averages), with w = 1 - 2^(-batch / half_life).
 
-    The half-life is counted in samples, so it keeps its meaning when the batch changes. Early on it is limited
-    to `rampup_ratio` times the samples seen (Karras et al. 2024, EDM2's ramp-up), so that the random start
-    is soon forgotten. Averages are float32 or wider.
+    The half-life is counted in samples, so it keeps its meaning when the batch changes. Early on it is
+    limited to `rampup_ratio` times the samples seen (Karras et al. 2024, EDM2's ramp-up), so that the
+    random start is soon forgotten. Averages are float32 or wider.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class EMA:
 
     @torch.no_grad()
     def update(self, samples_seen: int, batch: int, skip: Tensor) -> None:
-        """Move the averages towards the parameters; not at all where `skip` (float scalar on the device) is 1."""
+        """Move the averages towards the parameters; not at all where `skip` (scalar on the device) is 1."""
         averages = [_local(a) for a in self.averages.values()]
         difference = torch._foreach_sub([_local(p.detach()) for p in self.parameters.values()], averages)
         torch._foreach_mul_(difference, self.weight(samples_seen, batch) * (1 - skip))
@@ -55,7 +55,7 @@ class EMA:
 
     @contextmanager
     def swapped_in(self) -> Iterator[None]:
-        """Within the context the parameters hold the averages. Gathered copies must have been freed before."""
+        """Within the context the parameters hold the averages. Free gathered copies before."""
         narrow = {  # a swap would round the averages of parameters in a narrower dtype: keep those aside
             name: p.detach().clone()
             for name, p in self.parameters.items()

@@ -16,7 +16,7 @@ SPIKE_WARMUP = 50  # accepted steps before the mean is trusted
 
 
 def clip_grad_norm(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
-    """Scale gradients in place to a total 2-norm of at most `max_norm` (0: leave them); returns the norm before.
+    """Scale gradients in place to a total 2-norm of at most `max_norm` (0: leave them); returns the old norm.
 
     The norm is taken over all shards, so it is the same number on every rank.
     """

@@ -1,4 +1,4 @@
-"""torch.compile, block by block: the blocks of one kind share one compiled graph, so the cost does not grow with depth."""
+"""torch.compile, block by block: blocks of one kind share one graph, so the cost does not grow with depth."""
 
 from __future__ import annotations
 

@@ -52,6 +52,6 @@ def reshard(model: nn.Module) -> None:
 
 
 def defer_all_reduce(model: nn.Module, is_last: bool) -> None:
-    """HSDP with accumulation: reduce-scatter every micro-batch, all-reduce over replicas with the last only."""
+    """HSDP with accumulation: reduce-scatter each micro-batch, all-reduce over replicas with the last."""
     if isinstance(model, FSDPModule):
         model.set_requires_all_reduce(is_last)

@@ -28,7 +28,7 @@ def _local(parameter: Tensor) -> tuple[Tensor, int]:
 
 @torch.no_grad()
 def init_weights(model: nn.Module, distributions: Mapping[str, Distribution], seed: int) -> None:
-    """Fill every parameter of `model` in place from its distribution (by native name); any device and sharding."""
+    """Fill every parameter of `model` in place from its distribution, by native name."""
     for name, parameter in model.named_parameters():
         local, start = _local(parameter)
         values = initial_values(

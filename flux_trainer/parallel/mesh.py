@@ -21,7 +21,7 @@ def build_mesh(section: Parallelism, world_size: int, device_type: str) -> Devic
         shard = world_size // replicate
     if replicate * shard != world_size:
         raise ValueError(
-            f"parallelism: {replicate} (data_parallel_replicate_degree) x {shard} (data_parallel_shard_degree) = "
+            f"{replicate} (data_parallel_replicate_degree) x {shard} (data_parallel_shard_degree) = "
             f"{replicate * shard} ranks, but the world has {world_size}"
         )
     if replicate == 1:

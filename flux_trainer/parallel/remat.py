@@ -39,7 +39,7 @@ def _selective_contexts():
 
 
 def apply_checkpointing(blocks: Iterable[nn.Module], section: ActivationCheckpoint) -> None:
-    """Make the blocks recompute their activations in backward, as `[activation_checkpoint]` says, in place."""
+    """Make the blocks recompute their activations in backward, in place."""
     if section.mode == "none":
         return
     every, contexts = 1, {}

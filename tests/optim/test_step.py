@@ -1,4 +1,4 @@
-"""The optimizer, the guard and the EMA: what a skipped step may touch (nothing), and closed forms of the rest."""
+"""Optimizer, guard and EMA: what a skipped step may touch (nothing), and closed forms of the rest."""
 
 import copy
 

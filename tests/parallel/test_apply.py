@@ -1,4 +1,4 @@
-"""A parallel model computes what the plain one does: gradients in float64 against one process, block by block options."""
+"""A parallel model computes what the plain one does: gradients in float64 against one process."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from flux_trainer.models.flux1 import Flux1Config, Flux1Model
 from flux_trainer.models.init import Normal
 from flux_trainer.optim.guard import clip_grad_norm
 from flux_trainer.parallel.apply import parallelize
-from flux_trainer.parallel.fsdp import defer_all_reduce, reshard
+from flux_trainer.parallel.fsdp import defer_all_reduce
 from flux_trainer.parallel.init import init_weights
 from flux_trainer.parallel.mesh import build_mesh
 
@@ -75,15 +75,15 @@ class One:
 def samples(dtype=torch.float64) -> dict[str, torch.Tensor]:
     g = torch.Generator().manual_seed(0)
     r = lambda *shape: torch.randn(*shape, generator=g, dtype=dtype)  # noqa: E731
-    return dict(
-        img=r(BATCH, 6, 64),
-        img_ids=image_ids(BATCH, 4, 6, torch.device("cpu")),
-        txt=r(BATCH, 5, 20),
-        txt_ids=text_ids(BATCH, 5, torch.device("cpu")),
-        timesteps=torch.rand(BATCH, generator=g, dtype=dtype),
-        y=r(BATCH, 12),
-        guidance=torch.full((BATCH,), 3.5, dtype=dtype),
-    )
+    return {
+        "img": r(BATCH, 6, 64),
+        "img_ids": image_ids(BATCH, 4, 6, torch.device("cpu")),
+        "txt": r(BATCH, 5, 20),
+        "txt_ids": text_ids(BATCH, 5, torch.device("cpu")),
+        "timesteps": torch.rand(BATCH, generator=g, dtype=dtype),
+        "y": r(BATCH, 12),
+        "guidance": torch.full((BATCH,), 3.5, dtype=dtype),
+    }
 
 
 def gradients(
