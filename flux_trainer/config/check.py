@@ -1,0 +1,240 @@
+"""Checks that look at several keys, or at the disk. They need no torch: `run_train.sh` runs them first.
+
+Each check yields (key, sentence); the sentence goes on after "KEY = VALUE" and says how to mend the mistake.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from flux_trainer.config import toml
+from flux_trainer.config.files import Finding, missing_files
+from flux_trainer.config.problems import ConfigError, origin_of
+from flux_trainer.config.schema import JobConfig
+
+_BITS = {"bfloat16": 16, "float32": 32, "float64": 64}
+
+
+def check(config: JobConfig, world_size: int | None, origins: Mapping[str, str] | None = None) -> list[str]:
+    """Refuse settings that cannot work together or name files that are not there.
+
+    Args:
+        config: the settings; each key is already known to be valid alone.
+        world_size: number of ranks; None where it is not known yet, which leaves out the checks that need it.
+        origins: where each key was written (`Loaded.origins`), to be named in the messages.
+
+    Returns:
+        Remarks about settings that work, but hardly as they were meant; for the run's log.
+
+    Raises:
+        ConfigError: with one line for each mistake.
+    """
+    findings = [*inconsistencies(config, world_size), *missing_files(config)]
+    if findings:
+        raise ConfigError([_line(config, finding, origins or {}) for finding in findings])
+    return [_line(config, finding, origins or {}) for finding in _remarks(config, world_size)]
+
+
+def inconsistencies(config: JobConfig, world_size: int | None) -> Iterator[Finding]:
+    """What is wrong with the values alone, whatever is on the disk."""
+    yield from _parallelism(config, world_size)
+    yield from _batch(config, world_size)
+    for part in _CHECKS:
+        yield from part(config)
+
+
+def _line(config: JobConfig, finding: Finding, origins: Mapping[str, str]) -> str:
+    key, sentence = finding
+    value: Any = config
+    for name in key.split("."):
+        value = value[int(name)] if name.isdigit() else getattr(value, name)
+    text = "" if value is None else f" = {toml.value(value)}"
+    return f"{origin_of(key, origins)}: {key}{text} {sentence}"
+
+
+def _parallelism(config: JobConfig, world_size: int | None) -> Iterator[Finding]:
+    section = config.parallelism
+    for kind in ("tensor", "pipeline", "context"):
+        if getattr(section, f"{kind}_parallel_degree") > 1:
+            yield (
+                f"parallelism.{kind}_parallel_degree",
+                f"is not possible: there is no {kind} parallelism in this version",
+            )
+    replicate, shard = section.data_parallel_replicate_degree, section.data_parallel_shard_degree
+    if shard < 1 and shard != -1:
+        yield (
+            "parallelism.data_parallel_shard_degree",
+            "is out of range; expected an integer >= 1, or -1 for all ranks that remain",
+        )
+    elif world_size is None:
+        return
+    elif shard == -1 and world_size % replicate:
+        yield (
+            "parallelism.data_parallel_replicate_degree",
+            f"does not divide the {world_size} ranks of this run; possible: {_divisors(world_size)}",
+        )
+    elif shard != -1 and replicate * shard != world_size:
+        yield (
+            "parallelism.data_parallel_shard_degree",
+            f"x data_parallel_replicate_degree {replicate} = {replicate * shard} ranks, "
+            f"but this run has {world_size}; -1 takes all that remain",
+        )
+
+
+def _divisors(n: int) -> str:
+    return ", ".join(str(d) for d in range(1, n + 1) if n % d == 0)
+
+
+def _batch(config: JobConfig, world_size: int | None) -> Iterator[Finding]:
+    total, local = config.training.global_batch_size, config.training.local_batch_size
+    if total == -1:
+        return
+    if total < 1:
+        yield (
+            "training.global_batch_size",
+            "is out of range; expected an integer >= 1, or -1 for one local batch per rank",
+        )
+        return
+    unit = local * (world_size or 1)
+    if total % unit:
+        ranks = f" x {world_size} ranks = {unit}" if world_size else ""
+        near = " or ".join(str(n) for n in (total // unit * unit, (total // unit + 1) * unit) if n)
+        yield (
+            "training.global_batch_size",
+            f"is not a multiple of training.local_batch_size {local}{ranks}; try {near}",
+        )
+
+
+def _training(config: JobConfig) -> Iterator[Finding]:
+    section = config.training
+    if section.img_size % 16:
+        low = section.img_size // 16 * 16
+        near = " or ".join(str(n) for n in (low, low + 16) if n)
+        yield (
+            "training.img_size",
+            f"is not a multiple of 16 (8 pixels per latent, 2 latents per token); try {near}",
+        )
+    if 0 < section.spike_factor <= 1:
+        yield (
+            "training.spike_factor",
+            "would skip ordinary steps; expected a number > 1, or 0 for no such limit",
+        )
+    if section.dtype == "float64":
+        for key in ("mixed_precision_param", "mixed_precision_reduce"):
+            if getattr(section, key) != "float64":
+                yield (
+                    f"training.{key}",
+                    'would round what training.dtype = "float64" keeps; set it to "float64" too',
+                )
+    elif _BITS[section.mixed_precision_param] > _BITS[section.dtype]:
+        yield (
+            "training.mixed_precision_param",
+            f'is wider than training.dtype = "{section.dtype}", the weights it is made from',
+        )
+
+
+def _optimizer(config: JobConfig) -> Iterator[Finding]:
+    for key in ("beta1", "beta2"):
+        if getattr(config.optimizer, key) == 1:
+            yield f"optimizer.{key}", "would never take in a gradient; expected a number below 1"
+    total, warmup = config.lr_scheduler.total_steps, config.lr_scheduler.warmup_steps
+    if total is not None and warmup > total:
+        yield (
+            "lr_scheduler.warmup_steps",
+            f"is longer than the whole schedule, lr_scheduler.total_steps = {total}",
+        )
+
+
+def _sources(config: JobConfig) -> Iterator[Finding]:
+    if not config.data.sources:
+        yield (
+            "data.sources",
+            "is empty: nothing to train on; add a [[data.sources]] table or --data.sources.0.type synthetic",
+        )
+    for name, sources in (
+        ("data.sources", config.data.sources),
+        ("validation.sources", config.validation.sources),
+    ):
+        weights = [source.weight for source in sources]
+        if any(w is None for w in weights) and any(w is not None for w in weights):
+            yield (
+                f"{name}.{weights.index(None)}.weight",
+                "is missing: weights are given for all sources or for none",
+            )
+        elif weights and None not in weights and sum(w or 0 for w in weights) == 0:
+            yield f"{name}.0.weight", "is 0 as are all the others: no source would be drawn from"
+        for i, source in enumerate(sources):
+            if source.type != "synthetic" and not source.path:
+                yield f"{name}.{i}.path", f'is empty; a source of type "{source.type}" needs one'
+            if source.weight is not None and source.repeats != 1:
+                yield f"{name}.{i}.repeats", "has no effect beside a weight; give one of the two"
+
+
+def _validation(config: JobConfig) -> Iterator[Finding]:
+    section = config.validation
+    if section.samples < 1 and section.samples != -1:
+        yield "validation.samples", "is out of range; expected an integer >= 1, or -1 for all"
+    if section.prompts and section.prompts_path:
+        yield "validation.prompts_path", "and validation.prompts are both given; give one of the two"
+    if section.enable and not (section.sources or section.prompts or section.prompts_path):
+        yield (
+            "validation.enable",
+            "has nothing to do; add [[validation.sources]] for the loss or validation.prompts for pictures",
+        )
+
+
+def _recompute_and_compile(config: JobConfig) -> Iterator[Finding]:
+    option = config.activation_checkpoint.selective_ac_option
+    if option != "op" and not (option.isdecimal() and int(option) >= 1):
+        yield (
+            "activation_checkpoint.selective_ac_option",
+            'is not a valid choice; expected "op" or a number such as "2"',
+        )
+    if config.compile.enable and not config.compile.components:
+        yield "compile.components", 'is empty, so compile.enable has nothing to do; name "model" or "loss"'
+
+
+def _checkpoint(config: JobConfig) -> Iterator[Finding]:
+    section = config.checkpoint
+    if section.load_step < -1:
+        yield "checkpoint.load_step", "is out of range; expected a step, or -1 for the newest"
+    elif section.load_step != -1 and not section.enable:
+        yield "checkpoint.load_step", "has no effect without checkpoint.enable = true"
+
+
+def _profiling(config: JobConfig) -> Iterator[Finding]:
+    section = config.profiling
+    if section.enable_profiling and section.profiler_warmup + section.profiler_active > section.profile_freq:
+        needed = f"profiler_warmup {section.profiler_warmup} + profiler_active {section.profiler_active}"
+        yield "profiling.profile_freq", f"is less than {needed}"
+
+
+_CHECKS: tuple[Callable[[JobConfig], Iterator[Finding]], ...] = (
+    _training,
+    _optimizer,
+    _sources,
+    _validation,
+    _recompute_and_compile,
+    _checkpoint,
+    _profiling,
+)
+
+
+def _remarks(config: JobConfig, world_size: int | None) -> Iterator[Finding]:
+    steps, schedule = config.training.steps, config.lr_scheduler
+    if schedule.total_steps is None and schedule.warmup_steps > steps:
+        yield (
+            "lr_scheduler.warmup_steps",
+            f"is cut to training.steps = {steps}; to try the first steps of a longer run as they are, set "
+            "lr_scheduler.total_steps to its length",
+        )
+    per_step = config.training.global_batch_size
+    if per_step == -1 and world_size is not None:
+        per_step = config.training.local_batch_size * world_size
+    if config.ema.enable and config.ema.rampup_ratio == 0 and 0 < per_step * steps < config.ema.half_life:
+        yield (
+            "ema.half_life",
+            f"samples are more than the whole run's {per_step * steps}, so the average will stay near the "
+            "initial weights; set ema.rampup_ratio",
+        )

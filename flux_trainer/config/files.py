@@ -1,0 +1,90 @@
+"""Files and packages that the settings name: each one that is not there, with the command that brings it."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from flux_trainer.config.schema import JobConfig, Source
+
+Finding = tuple[str, str]
+"""A key, and the sentence that goes on after "KEY = VALUE"."""
+
+_ENCODERS = {
+    "t5": "`hf download black-forest-labs/FLUX.1-dev --include 'text_encoder_2/*' 'tokenizer_2/*' "
+    "--local-dir assets/hf/FLUX.1-dev` brings assets/hf/FLUX.1-dev/text_encoder_2",
+    "clip": "`hf download openai/clip-vit-large-patch14 --include '*.json' '*.txt' model.safetensors "
+    "--local-dir assets/hf/clip-vit-large-patch14` brings assets/hf/clip-vit-large-patch14",
+}
+
+
+def missing_files(config: JobConfig) -> Iterator[Finding]:
+    """(key, sentence) for every local file, folder or optional package that is missing."""
+    yield from _models(config)
+    for name, sources in (
+        ("data.sources", config.data.sources),
+        ("validation.sources", config.validation.sources),
+    ):
+        for i, source in enumerate(sources):
+            yield from _source(f"{name}.{i}", source)
+    if config.validation.prompts_path and not os.path.isfile(config.validation.prompts_path):
+        yield "validation.prompts_path", _not_there(config.validation.prompts_path, "file")
+    if config.metrics.enable_wandb and importlib.util.find_spec("wandb") is None:
+        yield (
+            "metrics.enable_wandb",
+            'needs a package that is not installed: pip install "flux_trainer[wandb]"',
+        )
+    yield from _folders(config)
+
+
+def looks_local(name: str) -> bool:
+    """Whether a model's name means a folder: `owner/name` is a hub id unless `owner` is a folder here."""
+    parts = Path(name).parts
+    return os.path.isabs(name) or name.startswith((".", "~")) or len(parts) != 2 or os.path.isdir(parts[0])
+
+
+def _models(config: JobConfig) -> Iterator[Finding]:
+    path = Path(config.encoder.autoencoder_path)
+    if not path.is_file():
+        repo = path.parent.name if path.parent.name.startswith("FLUX.1-") else "FLUX.1-schnell"
+        command = f"hf download black-forest-labs/{repo} {path.name} --local-dir {path.parent}"
+        brings = f"; `{command}` brings FLUX's" if path.name == "ae.safetensors" else ""
+        yield "encoder.autoencoder_path", _not_there(str(path), "file") + brings
+    for key in ("t5_encoder", "clip_encoder", "t5_tokenizer", "clip_tokenizer"):
+        name = getattr(config.encoder, key)
+        if name and looks_local(name) and not Path(name).expanduser().is_dir():
+            yield f"encoder.{key}", _not_there(name, "folder") + "; " + _ENCODERS[key.partition("_")[0]]
+
+
+def _source(name: str, source: Source) -> Iterator[Finding]:
+    if source.type == "folder" and source.path and not os.path.isdir(source.path):
+        yield f"{name}.path", _not_there(source.path, "folder")
+    if source.type == "jsonl" and source.path and not os.path.isfile(source.path):
+        yield f"{name}.path", _not_there(source.path, "file")
+    if source.type == "hf" and importlib.util.find_spec("datasets") is None:
+        yield f"{name}.type", 'needs a package that is not installed: pip install "flux_trainer[hf]"'
+
+
+def _folders(config: JobConfig) -> Iterator[Finding]:
+    dump, section = Path(config.job.dump_folder), config.checkpoint
+    if dump.exists() and not dump.is_dir():
+        yield "job.dump_folder", "is a file; name a folder"
+    if section.initial_load_path and not os.path.isdir(section.initial_load_path):
+        yield "checkpoint.initial_load_path", _not_there(section.initial_load_path, "folder")
+    if (
+        section.enable
+        and section.load_step >= 0
+        and not (dump / section.folder / f"step-{section.load_step}").is_dir()
+    ):
+        there = sorted((dump / section.folder).glob("step-*"), key=lambda step: (len(step.name), step.name))
+        listed = f"there are {', '.join(step.name for step in there)}" if there else "there are none"
+        yield "checkpoint.load_step", f"is not among the checkpoints in {dump / section.folder}; {listed}"
+
+
+def _not_there(path: str, kind: str) -> str:
+    where = "" if os.path.isabs(path) else f" (looked in {os.getcwd()})"
+    other = " but a folder is" if kind == "file" and os.path.isdir(path) else ""
+    other = " but a file is" if kind == "folder" and os.path.isfile(path) else other
+    return f"is not there{where}: no such {kind}{other}"

@@ -1,0 +1,57 @@
+#!/usr/bin/env bash
+# Train: NGPU=8 CONFIG_FILE=my.toml LOG_RANK=0 ./run_train.sh --training.steps 10
+#
+#   NGPU           processes on this machine (default: the visible CUDA devices, else 1)
+#   CONFIG_FILE    TOML file; a,b layers several (default: the embedded data set, train_configs/emoji_tiny.toml)
+#   LOG_RANK       ranks whose output is shown, as 0 or 0,1 (default 0)
+#   NNODES, RDZV_ENDPOINT    several machines: their number, and host:port of one of them
+#   PYTHON         interpreter (default python3)
+#
+# All arguments are settings; --help lists them. Paths are relative to the folder it is called from. Only the default
+# run, which names the repository's own files, moves there: it works from anywhere, and your paths mean what you see.
+set -euo pipefail
+
+PYTHON=${PYTHON:-python3}
+NNODES=${NNODES:-1}
+LOG_RANK=${LOG_RANK:-0}
+if [ -z "${CONFIG_FILE:-}" ]; then
+    cd "$(dirname "${BASH_SOURCE[0]}")"
+    CONFIG_FILE=./train_configs/emoji_tiny.toml
+fi
+
+for word in "$@"; do
+    case $word in -h | --help) exec "$PYTHON" -m flux_trainer config "$@" ;; esac
+done
+
+if [ -z "${NGPU:-}" ]; then
+    if [ -n "${CUDA_VISIBLE_DEVICES+set}" ]; then
+        NGPU=$(printf '%s' "$CUDA_VISIBLE_DEVICES" | awk -F, '{ print NF }')
+    else
+        NGPU=$({ nvidia-smi -L 2>/dev/null || true; } | grep -c '^GPU' || true)
+    fi
+    [ "${NGPU:-0}" -ge 1 ] || NGPU=1
+fi
+
+# Mistakes in the settings are answered here, before torch is imported anywhere.
+"$PYTHON" -m flux_trainer config --quiet --ngpu "$((NGPU * NNODES))" --job.config_file "$CONFIG_FILE" "$@"
+
+# Less fragmentation where image sizes or phases (training, validation) alternate.
+export PYTORCH_ALLOC_CONF=${PYTORCH_ALLOC_CONF:-expandable_segments:True}
+# The ranks get a store of their own: the launcher's keeps the addresses of ranks that died.
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=${TORCH_DISABLE_SHARE_RDZV_TCP_STORE:-1}
+# Seconds between SIGTERM and SIGKILL, in which a checkpoint is written. The variable, not --shutdown-timeout:
+# torch 2.11 knows neither (30 s there), and would refuse the flag.
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600}
+
+# `python -m torch.distributed.run` is torchrun of the interpreter that made the check above.
+launch=(--nnodes "$NNODES" --nproc_per_node "$NGPU" --rdzv_backend c10d --rdzv_id "${RDZV_ID:-flux_trainer}"
+    --rdzv_endpoint "${RDZV_ENDPOINT:-localhost:0}")
+if [ "$NGPU" -gt 1 ]; then
+    # Output of several ranks needs a filter and prefixes; one alone keeps the terminal.
+    launch+=(--local-ranks-filter "$LOG_RANK" --role rank --tee 3)
+    # torchrun would give each process one thread; share the cores instead.
+    cores=$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 1)
+    threads=$((cores / NGPU))
+    export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}
+fi
+exec "$PYTHON" -m torch.distributed.run "${launch[@]}" -m flux_trainer.train --job.config_file "$CONFIG_FILE" "$@"
