@@ -68,6 +68,16 @@ def test_far_elements_use_the_whole_counter():
     assert torch.equal(far[3:6], normal_slice(0, Purpose.INIT, 0, (4 << 32) + 3, 3))
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_same_bits_on_a_gpu():
+    draws = torch.tensor([0, 5, 2**40])
+    for function in (normal, uniform):
+        here = function(2, Purpose.NOISE, draws, (1000, 999), dtype=torch.float64)
+        there = function(2, Purpose.NOISE, draws.cuda(), (1000, 999), dtype=torch.float64)
+        assert torch.equal(here, there.cpu())
+
+
 def test_batch_independence():
     draws = torch.arange(40, 50)
     batch = normal(1, Purpose.NOISE, draws, (4, 3))

@@ -143,10 +143,27 @@ def test_bf16_weights_keep_float32_where_it_matters():
     with torch.no_grad():
         rounded = model(**arguments)
     assert seen == {"img": torch.bfloat16, "vec": torch.bfloat16, "pe": torch.float32}
+    assert {arguments[name].dtype for name in ("timesteps", "guidance", "img_ids")} == {torch.float32}
     assert rounded.dtype == torch.bfloat16
     assert timestep_embedding(arguments["timesteps"]).dtype == torch.float32
     error = (rounded.float() - exact).square().mean().sqrt() / exact.square().mean().sqrt()
     assert error < 0.02  # measured: 0.011; timesteps and guidance rounded to bf16 give 0.5
+
+
+def test_bf16_model_tells_far_positions_apart():
+    """bf16 rounds positions above 256, which would turn neighbours by the same angle."""
+    model, io = load_case("flux1_A")
+    model.bfloat16()
+    arguments = inputs(io)
+    arguments["img_ids"] += 301.0
+    tables, sinusoids = [], []
+    model.single_blocks[0].register_forward_pre_hook(lambda m, args: tables.append(args[2]))
+    model.time_in.register_forward_pre_hook(lambda m, args: sinusoids.append(args[0]))
+    with torch.no_grad():
+        model(**arguments)
+    ids = torch.cat((arguments["txt_ids"], arguments["img_ids"]), dim=1)
+    assert torch.equal(tables[0], rope_table(ids, model.config.axes_dim, model.config.theta))
+    assert torch.equal(sinusoids[0], timestep_embedding(arguments["timesteps"]).bfloat16())
 
 
 def test_bf16_rms_norm_computes_statistics_in_float32():
