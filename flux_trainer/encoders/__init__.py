@@ -1,0 +1,1 @@
+"""Frozen encoders: captions to text features, images to latents."""

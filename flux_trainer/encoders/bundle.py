@@ -1,0 +1,72 @@
+"""The frozen half of the model: images and captions in, what the transformer trains on out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from flux_trainer.config.schema import Encoder
+from flux_trainer.encoders.text import Shard, TextEncoders
+from flux_trainer.models.load_autoencoder import load_autoencoder
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """B encoded samples."""
+
+    latents: Tensor
+    """[B, 16, H/8, W/8]: normalised latents of the autoencoder."""
+    txt: Tensor
+    """[B, L, C]: T5's features."""
+    vec: Tensor
+    """[B, D]: CLIP's pooled features."""
+
+
+class Encoders:
+    """The autoencoder and the text encoders, frozen."""
+
+    def __init__(self, section: Encoder, device: torch.device, seed: int, shard: Shard | None = None) -> None:
+        """See `TextEncoders` for the arguments and the errors."""
+        self.device = device
+        self.dtype: torch.dtype = getattr(torch, section.autoencoder_dtype)
+        autoencoder = load_autoencoder(section.autoencoder_path, self.dtype)
+        self.autoencoder = autoencoder.to(device).eval().requires_grad_(False)
+        self.text = TextEncoders(section, device, seed, shard)
+
+    @torch.no_grad()
+    def encode(
+        self,
+        images: Tensor,
+        ids: Mapping[str, Tensor],
+        drop_t5: Tensor,
+        drop_clip: Tensor,
+        noise: Tensor | None = None,
+    ) -> Encoded:
+        """Encode images (uint8 [B, 3, H, W]) and tokenized captions, dropped where the flags [B] say so.
+
+        `noise` as in `encode_images`.
+        """
+        features = self.text.drop(self.text.encode(ids), drop_t5, drop_clip)
+        return Encoded(self.encode_images(images, noise), features.txt, features.vec)
+
+    @torch.no_grad()
+    def encode_images(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
+        """Latents [B, 16, H/8, W/8] of uint8 images [B, 3, H, W], in the autoencoder's dtype, on its device.
+
+        With `noise` (standard normal, of the latents' shape) they are drawn from the posterior, without it
+        they are its mean.
+        """
+        wide = torch.promote_types(self.dtype, torch.float32)
+        image = images.to(self.device, non_blocking=True).to(wide) / 127.5 - 1.0  # [0, 255] -> [-1, 1]
+        if noise is not None:
+            noise = noise.to(self.device, self.dtype)
+        return self.autoencoder.encode(image.to(self.dtype), noise)
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """uint8 images [B, 3, H, W] of normalised latents [B, 16, H/8, W/8]; clamped to [-1, 1]."""
+        image = self.autoencoder.decode(latents.to(self.device, self.dtype))
+        return ((image.clamp(-1.0, 1.0) + 1.0) * 127.5).round().to(torch.uint8)

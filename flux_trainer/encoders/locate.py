@@ -1,0 +1,59 @@
+"""Where an encoder's or tokenizer's files are: a local folder, or the Hugging Face hub.
+
+Everything else in this layer reads from a local folder. A missing file is reported with the setting that
+names it, the places that were searched, and a command that brings it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+HINTS = {
+    "t5": (
+        "FLUX.1's T5 as safetensors (google/t5-v1_1-xxl has none on its main branch), with its tokenizer: "
+        "`hf download black-forest-labs/FLUX.1-dev --include 'text_encoder_2/*' 'tokenizer_2/*' "
+        '--local-dir assets/hf/FLUX.1-dev`, then encoder.t5_encoder = "assets/hf/FLUX.1-dev/text_encoder_2".'
+    ),
+    "clip": (
+        "FLUX.1's CLIP with its tokenizer: `hf download openai/clip-vit-large-patch14 --include '*.json' "
+        "'*.txt' model.safetensors --local-dir assets/hf/clip-vit-large-patch14`, then encoder.clip_encoder "
+        '= "assets/hf/clip-vit-large-patch14".'
+    ),
+}
+"""How to get each encoder."""
+
+
+def locate(spec: str, key: str, files: Sequence[str], hint: str) -> Path:
+    """The local folder that `spec` stands for; a hub id is fetched into the hub's cache first.
+
+    Args:
+        spec: a folder, or a hub id `owner/name`. A folder that exists wins.
+        key: the setting `spec` comes from, for error messages (`encoder.t5_encoder`).
+        files: names (with `*`) of the files to fetch from the hub; a local folder is taken as it is.
+        hint: how to get the files, the end of the error message.
+
+    Raises:
+        FileNotFoundError: there is no such folder, and the hub does not give one.
+    """
+    folder = Path(spec).expanduser()
+    if folder.is_dir():
+        return folder
+    where = f"{key} is {spec!r}, but there is no folder {folder.absolute()}"
+    if not HUB_ID.fullmatch(spec):
+        raise FileNotFoundError(f"{where}. Give an existing folder, or a hub id like 'owner/name'. {hint}")
+
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
+
+    try:
+        # One request says what there is; without a network it fails at once, and cached files are used.
+        return Path(snapshot_download(spec, allow_patterns=list(files)))
+    except (EntryNotFoundError, HfHubHTTPError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise FileNotFoundError(
+            f"{where}, and the Hugging Face hub did not give it ({reason}). {hint}"
+        ) from error
