@@ -26,10 +26,10 @@ TIMEOUT = 30.0  # seconds; for one collective, and (twice that) for a whole run
 
 _PRELOADED = [
     "pytest",
-    "torch",
-    "torch.distributed.tensor",
     "torch.distributed.fsdp",
     "torch.distributed.checkpoint",
+    "flux_trainer.checkpoint.manager",
+    "flux_trainer.runtime.signals",
 ]
 
 

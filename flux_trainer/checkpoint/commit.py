@@ -1,0 +1,162 @@
+"""When a step's folder counts: the order of writes that leaves a whole checkpoint at any moment, and its
+check.
+
+A checkpoint is written into `step-N.tmp-x`: every rank syncs its files, the first rank adds `manifest.json`
+with size and SHA-256 of each, and renames the folder to `step-N`. Thus a folder called `step-N` is whole.
+What must go is renamed before it is deleted, so that half-deleted folders do not look whole either. Files
+hold what the names say only on a file system that all ranks share.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import re
+import shutil
+import uuid
+from pathlib import Path
+from typing import Any
+
+from flux_trainer.checkpoint.errors import CheckpointError, DamagedError
+from flux_trainer.runtime.files import sha256, sync_folder, write_json
+
+MANIFEST = "manifest.json"
+VERSION = 1
+
+_WHOLE = re.compile(r"step-(\d+)")
+_PASSING = re.compile(r"step-(\d+)\.(tmp|old|gone)-\w+")
+
+Manifest = dict[str, dict[str, Any]]
+"""File name -> {"size": bytes, "sha256": hex}."""
+
+
+def step_folder(folder: Path, step: int) -> Path:
+    """Where the checkpoint of `step` lies."""
+    return folder / f"step-{step}"
+
+
+def whole_steps(folder: Path) -> list[int]:
+    """Steps with a whole checkpoint in `folder`, oldest first. Their content is not looked at."""
+    if not folder.is_dir():
+        return []
+    names = (_WHOLE.fullmatch(path.parent.name) for path in folder.glob(f"step-*/{MANIFEST}"))
+    return sorted(int(name[1]) for name in names if name)
+
+
+def tidy(folder: Path) -> None:
+    """Finish what a killed run left: delete passing folders, put back a checkpoint caught being replaced."""
+    for path in folder.iterdir():
+        if name := _PASSING.fullmatch(path.name):
+            target = step_folder(folder, int(name[1]))
+            if name[2] == "old" and not target.exists():
+                path.rename(target)
+            else:
+                shutil.rmtree(path)
+    sync_folder(folder)
+
+
+def new_folder(folder: Path, step: int) -> Path:
+    """Make the passing folder into which the checkpoint of `step` is written."""
+    path = _passing(folder, step, "tmp")
+    path.mkdir()
+    return path
+
+
+def describe(path: Path, pattern: str) -> Manifest:
+    """Size and hash of the files in folder `path` that match a glob pattern."""
+    files = [file for file in sorted(path.glob(pattern)) if file.is_file()]
+    return {file.name: {"size": file.stat().st_size, "sha256": sha256(file)} for file in files}
+
+
+def publish(path: Path, step: int, files: Manifest) -> None:
+    """Turn a fully written passing folder into the checkpoint of `step`, in the place of an older one.
+
+    Raises:
+        CheckpointError: a file that some rank wrote is not here.
+    """
+    for name, record in files.items():
+        if not (path / name).is_file() or (path / name).stat().st_size != record["size"]:
+            raise CheckpointError(
+                f"{name} was written by another rank and is not in {path} as the first rank sees it. "
+                "job.dump_folder must lie on a file system that all ranks share."
+            )
+    body = {"version": VERSION, "step": step, "files": files}
+    write_json(path / MANIFEST, {**body, "digest": _digest(body)})
+    final = step_folder(path.parent, step)
+    old = _passing(path.parent, step, "old")
+    if final.exists():
+        final.rename(old)
+    path.rename(final)
+    sync_folder(path.parent)
+    shutil.rmtree(old, ignore_errors=True)  # what remains of it, `tidy` deletes
+
+
+def discard(folder: Path, step: int) -> None:
+    """Delete the checkpoint of `step`."""
+    gone = _passing(folder, step, "gone")
+    step_folder(folder, step).rename(gone)
+    shutil.rmtree(gone)
+
+
+def set_aside(folder: Path, step: int) -> Path:
+    """Rename a damaged checkpoint so that nobody resumes from it; returns its new place."""
+    path = step_folder(folder, step)
+    target = path.with_name(f"{path.name}.damaged")
+    if target.exists():
+        target = path.with_name(f"{path.name}.damaged-{uuid.uuid4().hex[:8]}")
+    path.rename(target)
+    sync_folder(folder)
+    return target
+
+
+def read_manifest(path: Path) -> Manifest:
+    """The files that make up the checkpoint in folder `path`.
+
+    Raises:
+        DamagedError: the manifest is not what was written.
+        CheckpointError: there is no manifest, or another version of the trainer wrote it.
+    """
+    try:
+        body = json.loads((path / MANIFEST).read_bytes())
+    except FileNotFoundError as error:
+        raise CheckpointError(
+            f"{path} is no checkpoint of this trainer: it has no {MANIFEST}. Give a step-N folder."
+        ) from error
+    except ValueError:
+        body = None
+    if not isinstance(body, dict) or body.pop("digest", "") != _digest(body):
+        raise DamagedError(f"{path} is damaged: {MANIFEST} (content changed).")
+    if body["version"] != VERSION:
+        raise CheckpointError(
+            f"{path} has version {body['version']} of the checkpoint format; this trainer reads {VERSION}. "
+            "Use the release that wrote it."
+        )
+    return body["files"]
+
+
+def find_damage(path: Path, files: Manifest) -> list[str]:
+    """What is wrong with those of the manifest's files, as `name (reason)`; empty when nothing is."""
+    damage = []
+    for name, record in files.items():
+        try:
+            size = (path / name).stat().st_size
+            if size != record["size"]:
+                damage.append(f"{name} ({size} bytes, {record['size']} were written)")
+            elif sha256(path / name) != record["sha256"]:
+                damage.append(f"{name} (content changed)")
+        except FileNotFoundError:
+            damage.append(f"{name} (missing)")
+        except OSError as error:
+            if error.errno != errno.EIO:  # anything else is no fault of the file: rights, network
+                raise
+            damage.append(f"{name} (unreadable)")
+    return damage
+
+
+def _passing(folder: Path, step: int, purpose: str) -> Path:
+    return folder / f"step-{step}.{purpose}-{uuid.uuid4().hex[:8]}"
+
+
+def _digest(body: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()

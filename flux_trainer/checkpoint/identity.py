@@ -1,0 +1,35 @@
+"""Does a checkpoint belong to this run? What two runs must share is compared setting by setting."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+_ABSENT = "nothing"
+
+
+def differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Settings whose values differ, as `name: value in the checkpoint, value now`, in the order of `now`."""
+    old, new = _flatten(json.loads(json.dumps(saved))), _flatten(json.loads(json.dumps(now)))
+    names = [*new, *(name for name in old if name not in new)]
+    return [
+        f"{name} {_show(old, name)} in the checkpoint, {_show(new, name)} now"
+        for name in names
+        if name not in old or name not in new or old[name] != new[name]
+    ]
+
+
+def _show(values: Mapping[str, Any], name: str) -> str:
+    return json.dumps(values[name]) if name in values else _ABSENT
+
+
+def _flatten(value: Any, name: str = "") -> dict[str, Any]:
+    """Leaves of nested dicts and lists by path, such as `data.sources[0].path`; empty ones are leaves."""
+    if isinstance(value, dict) and value:
+        parts = [(f"{name}.{key}" if name else key, inner) for key, inner in value.items()]
+    elif isinstance(value, list) and value:
+        parts = [(f"{name}[{index}]", inner) for index, inner in enumerate(value)]
+    else:
+        return {name: value}
+    return {path: leaf for key, inner in parts for path, leaf in _flatten(inner, key).items()}

@@ -1,0 +1,90 @@
+"""Reading a checkpoint folder: check the files, compare the settings, then fill the tensors."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from flux_trainer.checkpoint import commit
+from flux_trainer.checkpoint.errors import CheckpointError, DamagedError, on_first, together
+from flux_trainer.checkpoint.identity import differences
+from flux_trainer.checkpoint.tensors import Tensors, raise_if_any, read_tensors, saved_dtypes
+from flux_trainer.runtime.log import logger
+
+STATE = "state.json"
+
+_NOT_MODEL = ("optimizer.", "ema.", "guard.")
+
+
+def verify(path: Path, group: dist.ProcessGroup | None = None) -> None:
+    """Compare every file of a checkpoint folder with its manifest; the ranks of `group` share the work.
+
+    Files that the manifest does not know are never read, so they are only warned of.
+
+    Raises:
+        DamagedError: on all ranks, naming each file that is damaged or missing.
+        CheckpointError: `path` is no checkpoint folder of this trainer, or cannot be read.
+    """
+    files = on_first(group, lambda: commit.read_manifest(path))
+    by_size = sorted(files, key=lambda name: files[name]["size"], reverse=True)
+    rank, size = (dist.get_rank(group), dist.get_world_size(group)) if group else (0, 1)
+    share = {name: files[name] for name in by_size[rank::size]}
+    found = together(group, lambda: commit.find_damage(path, share))
+    if damage := sorted(chain.from_iterable(found)):
+        raise DamagedError(f"{path} is damaged: {', '.join(damage)}.")
+    if extra := {file.name for file in path.iterdir()} - {commit.MANIFEST, *files}:
+        logger.warning(f"{path} holds files that the trainer did not write: {', '.join(sorted(extra))}")
+
+
+def load_run(
+    path: Path,
+    tensors: Tensors,
+    group: dist.ProcessGroup | None = None,
+    identity: Mapping[str, Any] | None = None,
+    force: bool = False,
+) -> dict[str, Any]:
+    """Fill `tensors` with the run saved in a verified folder; returns the state that was saved beside them.
+
+    identity: what the run must share with the saved `state["identity"]`, unless `force` is set.
+
+    Raises:
+        CheckpointError: settings differ, or names, shapes or dtypes do; nothing has been filled then.
+    """
+    state = on_first(group, lambda: json.loads((path / STATE).read_bytes()))
+    changed = differences(state.get("identity", {}), identity) if identity is not None else []
+    if changed and not force:
+        raise CheckpointError(
+            f"{path} was written with other settings: {'; '.join(changed)}; "
+            "set --checkpoint.force_resume to go on."
+        )
+    if changed:
+        logger.warning(f"Going on from {path} in spite of other settings: {'; '.join(changed)}")
+    dtypes = on_first(group, lambda: saved_dtypes(path))
+    raise_if_any(
+        path,
+        [f"{name} is not in this run" for name in dtypes if name not in tensors]
+        + [
+            f"{name} is {dtypes[name]}, here {tensor.dtype}"
+            for name, tensor in tensors.items()
+            if name in dtypes and dtypes[name] != tensor.dtype
+        ],
+    )
+    read_tensors(path, tensors, group)
+    return state
+
+
+def load_model(path: Path, tensors: Tensors, group: dist.ProcessGroup | None = None) -> None:
+    """Fill a model's parameters, given by native name, from any verified run's folder; dtypes are cast.
+
+    Raises:
+        CheckpointError: the folder is damaged, or holds another model.
+    """
+    verify(path, group)
+    names = on_first(group, lambda: [n for n in saved_dtypes(path) if not n.startswith(_NOT_MODEL)])
+    raise_if_any(path, [f"{name} is not in this model" for name in names if name not in tensors])
+    read_tensors(path, tensors, group)

@@ -1,0 +1,111 @@
+"""Reading torch's distributed checkpoints without trusting them.
+
+`torch.distributed.checkpoint` (DCP) keeps its table of contents in `.metadata`, a pickle, and a pickle can
+run any code when it is read. Here it may only name the few classes such a table is made of. The tensors'
+own files are read by DCP with `weights_only=True`; entries that are not tensors, which it would unpickle
+freely, are refused.
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint import filesystem, metadata
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.planner import ReadItem
+
+from flux_trainer.checkpoint.errors import CheckpointError
+
+METADATA = ".metadata"
+
+
+def _layout(name: str) -> torch.layout:
+    if name != "torch.strided":
+        raise CheckpointError(f"layout {name} is not that of a dense tensor")
+    return torch.strided
+
+
+_ALLOWED: dict[tuple[str, str], Any] = {
+    **{(type_.__module__, type_.__name__): type_ for type_ in (
+        metadata.Metadata,
+        metadata.MetadataIndex,
+        metadata.StorageMeta,
+        metadata.TensorStorageMetadata,
+        metadata.BytesStorageMetadata,
+        metadata.ChunkStorageMetadata,
+        metadata.TensorProperties,
+        metadata._MEM_FORMAT_ENCODING,
+        filesystem._StorageInfo,
+    )},
+    ("torch", "Size"): torch.Size,
+    ("torch.serialization", "_get_layout"): _layout,
+    ("pathlib", "PosixPath"): PurePosixPath,
+    ("pathlib._local", "PosixPath"): PurePosixPath,  # Python 3.13
+}  # fmt: skip
+_ALLOWED |= {
+    ("torch", str(dtype)[6:]): dtype for dtype in vars(torch).values() if isinstance(dtype, torch.dtype)
+}
+
+
+class _TableUnpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in _ALLOWED:
+            raise CheckpointError(
+                f"it names {module}.{name}, which no table of tensors needs. "
+                "It may have been made to run code when it is read: do not trust it."
+            )
+        return _ALLOWED[module, name]
+
+
+def read_metadata(path: str | Path) -> metadata.Metadata:
+    """The table of contents of the DCP checkpoint in folder `path`.
+
+    Raises:
+        CheckpointError: there is none, it is broken, or it contains anything but such a table (the error
+        names it).
+    """
+    file = Path(path) / METADATA
+    try:
+        table = _TableUnpickler(io.BytesIO(file.read_bytes())).load()
+        _check_table(table)
+    except Exception as error:  # broken or hostile bytes can raise nearly anything from inside the unpickler
+        raise CheckpointError(f"{file} cannot be used: {error}") from error
+    return table
+
+
+def _check_table(table: Any) -> None:
+    if not isinstance(table, metadata.Metadata):
+        raise CheckpointError("it is no table of contents")
+    for name, entry in table.state_dict_metadata.items():
+        if not isinstance(entry, metadata.TensorStorageMetadata | metadata.BytesStorageMetadata):
+            raise CheckpointError(f"{name} is neither a tensor nor bytes")
+    for index, place in table.storage_data.items():
+        if not isinstance(index, metadata.MetadataIndex) or not isinstance(place, filesystem._StorageInfo):
+            raise CheckpointError("its list of places is broken")
+        if Path(place.relative_path).name != place.relative_path:
+            raise CheckpointError(f"{index.fqn} lies outside the folder, at {place.relative_path!r}")
+
+
+class SafeReader(filesystem.FileSystemReader):
+    """DCP's reader of folders, with `read_metadata` above in the place of a plain unpickling."""
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> metadata.Metadata:
+        table = read_metadata(Path(self.path))
+        table.storage_meta = metadata.StorageMeta(load_id=self.load_id)
+        return table
+
+
+class TensorsOnly(DefaultLoadPlanner):
+    """DCP's plan of reading, for a flat dict of tensors and nothing else."""
+
+    def __init__(self) -> None:
+        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
+
+    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
+        raise CheckpointError(
+            f"{read_item.dest_index.fqn} is not a tensor; reading it could run foreign code"
+        )
