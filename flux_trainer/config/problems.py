@@ -81,7 +81,7 @@ def _line(path: Path, details: Sequence[Any], origin: str) -> str:
         return f"{origin}: {key}: missing; expected {expected}"
     given = details[0]["input"]
     words = choices(annotation)
-    if kinds & _RANGE and not isinstance(given, str):
+    if kinds & _RANGE:
         what = "out of range"
     elif isinstance(given, str) and words:
         what = "not a valid choice"

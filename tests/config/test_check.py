@@ -213,6 +213,8 @@ def test_what_depends_on_the_number_of_ranks(flags, world_size, line):
             "encoder.t5_encoder",
             ["no such folder", "hf download", "text_encoder_2"],
         ),
+        (["--encoder.t5_encoder=t5"], "encoder.t5_encoder", ["no such folder"]),
+        (["--encoder.t5_encoder=some/where/t5"], "encoder.t5_encoder", ["no such folder"]),
         (["--encoder.t5_encoder=images/t5"], "encoder.t5_encoder", ["no such folder"]),
         (
             ["--encoder.clip_tokenizer=/a/b/c"],
