@@ -1,0 +1,276 @@
+"""FLUX.1 as a training problem: what a batch becomes, and what its loss is.
+
+    x_t = (1 - t) x_0 + t noise,    target velocity = noise - x_0    (rectified flow, Liu et al. 2022)
+
+with x_0 the autoencoder's latents. Noise, time and posterior sample are functions of the sample's draw.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from flux_trainer.config.schema import JobConfig, Validation
+from flux_trainer.data.loader import Batch, TrainLoader, ValidationLoader
+from flux_trainer.data.sampler import open_mixture
+from flux_trainer.data.samples import TrainSamples, ValidationSamples
+from flux_trainer.encoders.bundle import Encoders
+from flux_trainer.flow import rng
+from flux_trainer.flow.latents import image_ids, pack, text_ids, unpack
+from flux_trainer.flow.loss import flow_loss
+from flux_trainer.flow.path import interpolate, velocity
+from flux_trainer.flow.rng import Purpose
+from flux_trainer.flow.timesteps import loss_weight, sample_timesteps
+from flux_trainer.metrics.console import validation_line
+from flux_trainer.metrics.pictures import grid
+from flux_trainer.models import registry
+from flux_trainer.models.flops import train_flops_per_sample
+from flux_trainer.models.init import Distribution
+from flux_trainer.parallel.fsdp import reshard, shard
+from flux_trainer.runtime.log import logger
+from flux_trainer.trainer import Trainer
+from flux_trainer.validate import draw_pictures, validation_loss
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """What one forward pass takes, and what its output is compared with."""
+
+    x_t: Tensor
+    """[B, 16, H/8, W/8]: noisy latents."""
+    t: Tensor
+    """[B], in [0, 1]."""
+    txt: Tensor
+    """[B, T, C]: T5's features."""
+    vec: Tensor
+    """[B, D]: CLIP's pooled features."""
+    target: Tensor
+    """[B, 16, H/8, W/8]: velocity."""
+    weight: Tensor | None
+    """[B]: weight of each sample's loss; None: 1."""
+
+
+class FluxTrainer(Trainer):
+    """Trains a FLUX.1 transformer on images and captions; autoencoder and text encoders stay frozen."""
+
+    def __init__(self, config: JobConfig) -> None:
+        self.model_config = registry.FLAVORS[config.model.flavor]
+        self.latent_side = config.training.img_size // 8
+        self.image_tokens = (self.latent_side // 2) ** 2
+        self.latent_shape = (16, self.latent_side, self.latent_side)
+        super().__init__(config)
+        self.wide = torch.promote_types(self.compute_dtype, torch.float32)  # of noise, latents and targets
+        self.encoders = Encoders(config.encoder, self.device, config.debug.seed, self.shard_encoder)
+        self.check_dimensions()
+        self.prompts = read_prompts(config.validation)
+        self.held_out = self.build_validation_loader()
+
+    def build_model(self) -> tuple[nn.Module, list[nn.Module], Mapping[str, Distribution]]:
+        model = registry.build(self.config.model.name, self.config.model.flavor)
+        return model, [block for _, block in model.blocks()], model.init_distributions()
+
+    def build_loader(self, start_draw: int) -> TrainLoader:
+        config = self.config
+        samples = TrainSamples(
+            config.data,
+            open_mixture(config.data.sources, config.debug.seed),
+            image_size=config.training.img_size,
+            seed=config.debug.seed,
+            dropout_prob=config.training.classifier_free_guidance_prob,
+            joint_dropout=config.training.classifier_free_guidance_joint,
+        )
+        return TrainLoader(
+            config.data,
+            samples,
+            tokenize=self.encoders.text.tokenizers.tokenize,
+            start_draw=start_draw,
+            global_batch_size=self.global_batch_size,
+            rank=self.world.rank,
+            world_size=self.world.size,
+            pin_memory=self.device.type == "cuda",
+        )
+
+    def shard_encoder(self, encoder: nn.Module, blocks: list[nn.Module]) -> None:
+        """T5-XXL is as large as a third of FLUX: share it among all ranks."""
+        if self.world.size > 1:
+            shard(encoder, blocks, self.mesh)
+
+    def check_dimensions(self) -> None:
+        """Raises ValueError if the encoders' features do not fit the transformer."""
+        for key, got, want in (
+            ("t5_encoder", self.encoders.text.txt_dim, self.model_config.context_in_dim),
+            ("clip_encoder", self.encoders.text.vec_dim, self.model_config.vec_in_dim),
+        ):
+            if got != want:
+                raise ValueError(
+                    f"encoder.{key} = {getattr(self.config.encoder, key)!r} gives {got} features, but "
+                    f"{self.config.model.flavor} takes {want}: choose the encoder that belongs to the flavor"
+                )
+
+    def flops_per_sample(self) -> int:
+        return train_flops_per_sample(
+            self.model_config, self.image_tokens, self.config.encoder.max_t5_encoding_len
+        )
+
+    def tokens_per_sample(self) -> int:
+        return self.image_tokens + self.config.encoder.max_t5_encoding_len
+
+    def micro_batches(self, batch: Batch) -> list[MicroBatch]:
+        """Encode a rank's share of the global batch, local_batch_size samples at a time, and add noise."""
+        size = self.config.training.local_batch_size
+        return [self.prepare(batch, slice(i, i + size)) for i in range(0, len(batch.draws), size)]
+
+    def prepare(self, batch: Batch, part: slice) -> MicroBatch:
+        config, seed = self.config, self.config.debug.seed
+        draws = batch.draws[part].to(self.device)  # [B]
+        sample = None
+        if config.encoder.autoencoder_sample:
+            sample = rng.normal(seed, Purpose.LATENT, draws, self.latent_shape, self.encoders.dtype)
+        encoded = self.encoders.encode(
+            batch.images[part],
+            {name: ids[part] for name, ids in batch.tokens.items()},
+            batch.drop_t5[part],
+            batch.drop_clip[part],
+            sample,
+        )
+        x_0 = encoded.latents.to(self.wide)  # [B, 16, H/8, W/8]
+        noise = rng.normal(seed, Purpose.NOISE, draws, self.latent_shape, self.wide)
+        flow = config.flow
+        t = sample_timesteps(
+            seed,
+            draws,
+            self.image_tokens,
+            sampling=flow.timestep_sampling,
+            logit_mean=flow.logit_mean,
+            logit_std=flow.logit_std,
+            shift=flow.shift,
+        )
+        weight = None if flow.weighting == "none" else loss_weight(t, flow.weighting)
+        return MicroBatch(
+            x_t=interpolate(x_0, noise, t),
+            t=t,
+            txt=encoded.txt,
+            vec=encoded.vec,
+            target=velocity(x_0, noise),
+            weight=weight,
+        )
+
+    def predict(self, x_t: Tensor, t: Tensor, txt: Tensor, vec: Tensor) -> Tensor:
+        """The model's velocity [B, 16, H/8, W/8], in its compute dtype; arguments as in `MicroBatch`."""
+        size, _, height, width = x_t.shape
+        guidance = None
+        if self.model_config.guidance_embed:
+            guidance = torch.full_like(t, self.config.flow.guidance)
+        tokens = self.model(
+            img=pack(x_t),  # [B, L, 64]
+            img_ids=image_ids(size, height, width, self.device),
+            txt=txt,
+            txt_ids=text_ids(size, txt.shape[1], self.device),
+            timesteps=t,
+            y=vec,
+            guidance=guidance,
+        )
+        return unpack(tokens, height, width)
+
+    def loss(self, micro_batch: MicroBatch) -> Tensor:
+        b = micro_batch
+        return flow_loss(self.predict(b.x_t, b.t, b.txt, b.vec), b.target, b.weight, self.global_batch_size)
+
+    # Validation.
+
+    def build_validation_loader(self) -> ValidationLoader | None:
+        config = self.config
+        if not (config.validation.enable and config.validation.sources):
+            return None
+        samples = ValidationSamples(
+            config.validation.sources,
+            count=config.validation.samples,
+            image_size=config.training.img_size,
+            max_pixels=config.data.max_pixels,
+        )
+        return ValidationLoader(
+            config.data,
+            samples,
+            tokenize=self.encoders.text.tokenizers.tokenize,
+            batch_size=config.validation.local_batch_size,
+            rank=self.world.rank,
+            world_size=self.world.size,
+        )
+
+    def validate(self) -> None:
+        """The held-out loss and the pictures of the weights and, if there is one, of their average."""
+        start = time.perf_counter()
+        figures = self.measure("")
+        if self.ema:
+            with self.averaged_weights():
+                figures |= self.measure("ema_")
+        reshard(self.model)
+        self.writers.scalars(self.step, {"step": self.step, **figures})
+        losses = {name: value for name, value in figures.items() if name.endswith("loss")}
+        if losses:
+            seconds = time.perf_counter() - start
+            logger.info(validation_line(self.step, self.config.training.steps, losses, seconds, self.color))
+
+    def measure(self, prefix: str) -> dict[str, float]:
+        """Figures of the present weights by name; their pictures go to disk and to the trackers."""
+        section, seed = self.config.validation, self.config.debug.seed
+        figures: dict[str, float] = {}
+        if self.held_out:
+            losses = validation_loss(
+                self.held_out,
+                self.encoders,
+                self.predict,
+                timesteps=section.timesteps,
+                seed=seed,
+                world=self.world,
+                dtype=self.wide,
+                bad_samples=self.bad_samples,
+            )
+            figures[f"{prefix}validation_loss"] = sum(losses) / len(losses)
+            for i, loss in enumerate(losses):
+                t = (i + 0.5) / len(losses)
+                figures[f"{prefix}validation_loss_at/t{t:.3f}"] = loss
+        if self.prompts:
+            pictures = draw_pictures(
+                self.prompts,
+                self.encoders,
+                self.predict,
+                shape=self.latent_shape,
+                steps=section.denoising_steps,
+                image_tokens=self.image_tokens,
+                cfg_scale=section.classifier_free_guidance_scale
+                if section.enable_classifier_free_guidance
+                else None,
+                batch_size=section.local_batch_size,
+                seed=seed,
+                world=self.world,
+                dtype=self.wide,
+            )
+            if self.world.rank == 0:
+                sheet = grid(pictures, self.prompts)
+                folder = self.dump_folder / section.save_img_folder
+                folder.mkdir(parents=True, exist_ok=True)
+                sheet.save(folder / f"{prefix}step-{self.step:0{len(str(self.config.training.steps))}}.png")
+                self.writers.images(self.step, f"{prefix}pictures", sheet, self.prompts)
+        return figures
+
+    def outputs(self) -> dict[str, Path]:
+        outputs = super().outputs()
+        if self.prompts:
+            outputs = {"pictures": self.dump_folder / self.config.validation.save_img_folder, **outputs}
+        return outputs
+
+
+def read_prompts(section: Validation) -> list[str]:
+    """The prompts to draw, from the list or from the file; none when validation is off."""
+    if not section.enable:
+        return []
+    if section.prompts_path:
+        lines = Path(section.prompts_path).read_text(encoding="utf-8").splitlines()
+        return [line.strip() for line in lines if line.strip()]
+    return section.prompts

@@ -1,0 +1,41 @@
+"""One rank of a run: `torchrun -m flux_trainer.train --job.config_file FILE [--section.key value]`."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from flux_trainer.config.check import check
+from flux_trainer.config.load import ConfigError, load
+from flux_trainer.config.toml import to_toml
+from flux_trainer.runtime.log import init_logger, logger
+
+
+def main() -> int:
+    """Train as the command line says; returns the exit status."""
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    try:
+        config, notices, origins = load(sys.argv[1:])
+        notices += check(config, world_size, origins)
+    except ConfigError as error:
+        if rank == 0:
+            print(error, file=sys.stderr)
+        return 2
+    init_logger(rank, colour=not config.metrics.disable_color_printing)
+    for notice in notices:
+        logger.info(f"note: {notice}")
+    if config.job.print_config:
+        logger.info(f"Settings:\n{to_toml(config)}")
+
+    from flux_trainer.flux import (
+        FluxTrainer,
+    )  # imports torch: not before the settings are good
+
+    trainer = FluxTrainer(config)
+    trainer.train()
+    trainer.close()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

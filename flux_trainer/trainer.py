@@ -1,0 +1,351 @@
+"""The training loop, once: accumulate, clip, guard, step, average, log, save, validate, stop.
+
+`Trainer` knows nothing of FLUX: a subclass builds the model and the data, says what a batch becomes and what
+its loss is. All randomness is a function of the position in the run, so the position is the only state here.
+"""
+
+from __future__ import annotations
+
+import gc
+import sys
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from flux_trainer.checkpoint.manager import CheckpointManager
+from flux_trainer.config.schema import JobConfig
+from flux_trainer.config.toml import to_toml
+from flux_trainer.data.bad import BadSamples
+from flux_trainer.data.loader import Batch, TrainLoader
+from flux_trainer.metrics.console import duration, training_line
+from flux_trainer.metrics.memory import memory_readings
+from flux_trainer.metrics.meter import Meter
+from flux_trainer.metrics.peak import device_peak_flops
+from flux_trainer.metrics.profiler import Profiler
+from flux_trainer.metrics.writers import Writers
+from flux_trainer.models.init import Distribution
+from flux_trainer.optim.build import build_optimizer, optimizer_tensors, set_lr
+from flux_trainer.optim.build import step as optimizer_step
+from flux_trainer.optim.ema import EMA
+from flux_trainer.optim.guard import Guard, clip_grad_norm
+from flux_trainer.optim.schedule import lr_factor
+from flux_trainer.parallel.apply import parallelize
+from flux_trainer.parallel.fsdp import defer_all_reduce, reshard
+from flux_trainer.parallel.init import init_weights
+from flux_trainer.parallel.mesh import build_mesh
+from flux_trainer.runtime.dist import init_distributed, set_deterministic
+from flux_trainer.runtime.files import write_text
+from flux_trainer.runtime.log import logger
+from flux_trainer.runtime.signals import StopFlag
+
+
+class Trainer(ABC):
+    """Builds the parts of a run from its settings, trains, and leaves everything below `job.dump_folder`.
+
+    A subclass gives the model (`build_model`), the data (`build_loader`), the meaning of a batch
+    (`micro_batches`, `loss`) and, if it likes, `validate`.
+    """
+
+    def __init__(self, config: JobConfig) -> None:
+        self.config = config
+        self.dump_folder = Path(config.job.dump_folder)
+        set_deterministic(config.debug.seed, config.debug.deterministic)
+        self.world = init_distributed(config.comm.init_timeout_seconds)
+        self.device = self.world.device
+        self.mesh = build_mesh(config.parallelism, self.world.size, self.device.type)
+        self.step = 0
+
+        training = config.training
+        self.compute_dtype: torch.dtype = getattr(torch, training.mixed_precision_param)
+        self.global_batch_size = training.global_batch_size
+        if self.global_batch_size == -1:
+            self.global_batch_size = training.local_batch_size * self.world.size
+
+        # The model: on the meta device, then sharded, and only then given memory.
+        with torch.device("meta"), default_dtype(getattr(torch, training.dtype)):
+            self.model, blocks, distributions = self.build_model()
+        parallelize(
+            self.model,
+            blocks,
+            self.mesh,
+            parallelism=config.parallelism,
+            activation_checkpoint=config.activation_checkpoint,
+            compile=config.compile,
+            param_dtype=self.compute_dtype,
+            reduce_dtype=getattr(torch, training.mixed_precision_reduce),
+        )
+        self.model.to_empty(device=self.device)
+        self.parameters = dict(self.model.named_parameters())
+        size = sum(p.numel() for p in self.parameters.values())
+        logger.info(
+            f"Model {config.model.name} {config.model.flavor}: {size:,} parameters "
+            f"on {self.world.size} x {self.device.type}"
+        )
+
+        # What changes the weights, and what is kept of them.
+        self.optimizer = build_optimizer(self.parameters.items(), config.optimizer)
+        self.guard = Guard(training.spike_factor, self.device)
+        self.ema: EMA | None = None
+        if config.ema.enable:
+            self.ema = EMA(self.parameters.items(), config.ema.half_life, config.ema.rampup_ratio)
+        self.checkpoints = CheckpointManager(config.checkpoint, self.dump_folder, self.world)
+        self.restore(distributions)
+
+        # What people see.
+        self.bad_samples = BadSamples(self.dump_folder)
+        self.meter = Meter(
+            total_steps=training.steps,
+            tokens_per_image=self.tokens_per_sample(),
+            flops_per_image=self.flops_per_sample(),
+            devices=self.world.size,
+            peak_flops=device_peak_flops(self.device),
+        )
+        self.writers = Writers(
+            config.metrics,
+            self.dump_folder,
+            rank=self.world.rank,
+            resumed_step=self.step,
+            config=config.model_dump(),
+        )
+        self.profiler = Profiler(
+            config.profiling, self.dump_folder, rank=self.world.rank, device=self.device, step=self.step
+        )
+        self.color = sys.stderr.isatty() and not config.metrics.disable_color_printing
+        if self.world.rank == 0:
+            write_text(self.dump_folder / "config.toml", to_toml(config))
+
+    # What a subclass says.
+
+    @abstractmethod
+    def build_model(self) -> tuple[nn.Module, list[nn.Module], Mapping[str, Distribution]]:
+        """The plain model, its blocks, and the distribution of each weight. Runs on the meta device."""
+
+    @abstractmethod
+    def build_loader(self, start_draw: int) -> TrainLoader:
+        """This rank's share of each global batch, beginning at sample `start_draw` of the run."""
+
+    @abstractmethod
+    def micro_batches(self, batch: Batch) -> list[Any]:
+        """Cut a rank's batch into what one forward pass takes."""
+
+    @abstractmethod
+    def loss(self, micro_batch: Any) -> Tensor:
+        """This micro-batch's share of the loss; the shares of all ranks add up to the global batch's."""
+
+    @abstractmethod
+    def flops_per_sample(self) -> int:
+        """Floating-point operations of forward and backward for one sample."""
+
+    @abstractmethod
+    def tokens_per_sample(self) -> int:
+        """Length of one sample's sequence."""
+
+    def validate(self) -> None:  # noqa: B027  # optional
+        """Measure and draw, without touching the state of training."""
+
+    # The run.
+
+    @property
+    def samples_seen(self) -> int:
+        """Position in the run's sample order."""
+        return self.step * self.global_batch_size
+
+    def train(self) -> None:
+        """Train to the last step, or until a signal asks to stop; the last state is always saved."""
+        training = self.config.training
+        if self.step >= training.steps:
+            logger.info(
+                f"Nothing left to do: {self.dump_folder} is at step {self.step} of {training.steps}. "
+                "Raise --training.steps, or choose another --job.dump_folder for a fresh run."
+            )
+            return
+        self.loader = self.build_loader(self.samples_seen)
+        gc.disable()  # a collection stalls one rank, and with it all others: collect on all at the same step
+        if self.step == 0:
+            self.run_validation()
+        logger.info(f"Training starts at step {self.step + 1}")
+        stopped = False
+        with StopFlag(self.world) as stop, self.profiler:
+            while self.step < training.steps and not stopped:
+                with self.meter.data_wait():
+                    batch = next(self.loader)
+                self.bad_samples.count(len(batch.draws), batch.bad_draws, batch.bad)
+                self.train_step(batch)
+                self.profiler.step()
+                stopped = stop.poll()
+                self.after_step(stopped)
+        gc.enable()
+        self.finish(stopped)
+
+    def train_step(self, batch: Batch) -> None:
+        """One optimizer step on the global batch of which `batch` is this rank's part."""
+        config = self.config
+        loss = self.forward_backward(self.micro_batches(batch))
+        grad_norm = clip_grad_norm(self.parameters.values(), config.training.max_norm)
+        skip = self.guard(grad_norm)
+        self.step += 1
+        lr = config.optimizer.lr * lr_factor(self.step, config.lr_scheduler, config.training.steps)
+        set_lr(self.optimizer, lr)
+        optimizer_step(self.optimizer, skip)
+        self.optimizer.zero_grad()
+        if self.ema:
+            self.ema.update(self.samples_seen, self.global_batch_size, skip)
+        self.meter.update(self.global_batch_size)
+        if self.step == 1 or self.step % config.metrics.log_freq == 0 or self.step == config.training.steps:
+            self.log(loss, grad_norm, lr)
+
+    def forward_backward(self, micro_batches: list[Any]) -> Tensor:
+        """Add up gradients over the micro-batches; returns this rank's share of the loss, on the device."""
+        total = torch.zeros((), device=self.device)
+        for index, micro_batch in enumerate(micro_batches):
+            defer_all_reduce(self.model, is_last=index == len(micro_batches) - 1)
+            loss = self.loss(micro_batch)
+            loss.backward()
+            total = total + loss.detach()
+        return total
+
+    def after_step(self, stopped: bool) -> None:
+        """What is due between this step and the next."""
+        training, first = self.config.training, self.loader.next_draw == self.global_batch_size
+        last = stopped or self.step == training.steps
+        if last or self.step % self.config.checkpoint.interval == 0:
+            self.save(wait=last)
+        if not stopped and (last or self.step % self.config.validation.freq == 0):
+            self.run_validation()
+        if self.step % training.gc_freq == 0:
+            gc.collect(1)
+        if first:
+            self.world.set_timeout(self.config.comm.train_timeout_seconds)
+
+    # Figures.
+
+    def log(self, loss: Tensor, grad_norm: Tensor, lr: float) -> None:
+        """One line of figures. The only place in a step that waits for the device."""
+        bad = self.bad_samples
+        total_loss, bad_draws, draws = self.world.sum([loss.item(), bad.bad_draws, bad.draws])
+        reading = self.meter.read(
+            self.step,
+            {
+                "loss": total_loss,
+                "grad_norm": grad_norm,
+                "lr": lr,
+                "samples_seen": self.samples_seen,
+                "skipped_steps": self.guard.skipped.int(),
+                "skipped_in_row": self.guard.skipped_in_row.int(),
+                "bad_samples": int(bad_draws),
+                **memory_readings(self.device),
+            },
+        )
+        logger.info(training_line(reading, self.config.training.steps, self.color))
+        self.writers.scalars(self.step, reading)
+        bad.raise_if_too_many(int(bad_draws), int(draws), self.config.data.max_bad_fraction)
+        if (reading["skipped_in_row"] or 0) >= self.config.training.max_skipped_steps:
+            raise RuntimeError(
+                f"{reading['skipped_in_row']} steps in a row were skipped up to step {self.step}: "
+                "their gradients were not finite, or jumped (training.spike_factor). The weights are as "
+                "before them. Lower optimizer.lr, or look at the data."
+            )
+
+    def run_validation(self) -> None:
+        """Validate, and keep the time it takes out of the training speed."""
+        if self.config.validation.enable:
+            with self.meter.pause():
+                self.validate()
+
+    @contextmanager
+    def averaged_weights(self) -> Iterator[None]:
+        """Within the context the model computes with the EMA's weights."""
+        assert self.ema
+        reshard(self.model)  # gathered copies hold the other weights
+        with self.ema.swapped_in():
+            yield
+            reshard(self.model)
+
+    # Checkpoints.
+
+    def identity(self) -> dict[str, Any]:
+        """What a resumed run must share with the one that wrote the checkpoint."""
+        config = self.config
+        return {
+            "model": config.model.model_dump(),
+            "debug.seed": config.debug.seed,
+            "data.sources": [source.model_dump() for source in config.data.sources],
+            "training.global_batch_size": self.global_batch_size,
+            "training.img_size": config.training.img_size,
+        }
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All tensors of a checkpoint, live and by native name."""
+        tensors: dict[str, Tensor] = {name: p.detach() for name, p in self.parameters.items()}
+        tensors |= optimizer_tensors(self.optimizer, self.parameters.items())
+        tensors |= self.guard.tensors()
+        return tensors | (self.ema.tensors() if self.ema else {})
+
+    def save(self, wait: bool) -> None:
+        """Write a checkpoint of this step; `wait`: until it is on disk."""
+        if self.config.checkpoint.enable:
+            with self.meter.pause():
+                state = {"step": self.step, "samples_seen": self.samples_seen, "identity": self.identity()}
+                self.checkpoints.save(self.step, self.tensors(), state)
+                if wait:
+                    self.checkpoints.wait()
+
+    def restore(self, distributions: Mapping[str, Distribution]) -> None:
+        """Go on from the newest checkpoint, else start from `initial_load_path`, else from random weights."""
+        section = self.config.checkpoint
+        state = self.checkpoints.resume(self.tensors(), self.identity()) if section.enable else None
+        if state is not None:
+            self.step = state["step"]
+            logger.info(f"Resumed from step {self.step}")
+            return
+        if section.initial_load_path:
+            self.checkpoints.load_weights(
+                section.initial_load_path, {n: p.detach() for n, p in self.parameters.items()}
+            )
+            logger.info(f"Started from the weights in {section.initial_load_path}")
+        else:
+            init_weights(self.model, distributions, self.config.debug.seed)
+        if self.ema:
+            self.ema.reset()
+
+    def finish(self, stopped: bool) -> None:
+        """Close everything, and say where things are."""
+        self.loader.close()
+        self.checkpoints.close()
+        self.writers.close()
+        if stopped:
+            logger.info(f"Stopped by a signal after step {self.step}. The same command goes on from here.")
+        else:
+            elapsed = duration(self.meter.elapsed).strip()
+            logger.info(f"Training completed: step {self.step} of {self.config.training.steps}, {elapsed}")
+        for what, path in self.outputs().items():
+            logger.info(f"  {what + ':':<12} {path}")
+
+    def outputs(self) -> dict[str, Path]:
+        """What the run has left, and where."""
+        config, outputs = self.config, {"figures": self.dump_folder / "metrics.jsonl"}
+        if config.metrics.enable_tensorboard:
+            outputs["TensorBoard"] = self.dump_folder / config.metrics.save_tb_folder
+        if config.checkpoint.enable:
+            outputs["checkpoint"] = self.dump_folder / config.checkpoint.folder / f"step-{self.step}"
+        return outputs
+
+    def close(self) -> None:
+        """Leave the process group, together with all other ranks."""
+        self.world.close()
+
+
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """Parameters made within have this dtype."""
+    previous = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(previous)

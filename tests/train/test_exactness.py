@@ -1,0 +1,101 @@
+"""Runs that must be equal: whatever the split of the batch, the number of ranks, or the interruptions."""
+
+import pytest
+import torch
+from helpers.ranks import run_ranks
+from helpers.tiny_run import train
+
+
+@pytest.fixture(scope="module", autouse=True)
+def process_group():
+    yield
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def column(run, key):
+    return [line[key] for line in run["lines"] if key in line]
+
+
+def assert_equal_runs(a, b, tolerance):
+    """Losses, norms and all tensors: bitwise, or within `tolerance` of each tensor's largest entry."""
+    for key in ("loss", "grad_norm", "lr", "samples_seen"):
+        assert column(a, key) == pytest.approx(column(b, key), rel=tolerance, abs=0)
+    assert a["tensors"].keys() == b["tensors"].keys()
+    for name, tensor in a["tensors"].items():
+        error = (tensor - b["tensors"][name]).abs().max().item()
+        assert error <= tolerance * tensor.abs().max().item(), (name, error)
+
+
+@pytest.fixture(scope="module")
+def one_rank(tmp_path_factory):
+    return train(tmp_path_factory.mktemp("one"))
+
+
+def test_the_run_moves(one_rank):
+    """Clipping bites, the loss changes, EMA and weights differ: equality below means something."""
+    assert len(column(one_rank, "loss")) == 6
+    assert min(column(one_rank, "grad_norm")) > 0.01
+    assert len(set(column(one_rank, "loss"))) == 6
+    tensors = one_rank["tensors"]
+    assert not torch.equal(tensors["ema.img_in.weight"], tensors["img_in.weight"])
+    assert tensors["optimizer.state.img_in.weight.step"] == 6
+
+
+@pytest.mark.parametrize("local", [1, 8])
+def test_accumulation_is_one_large_batch(tmp_path, one_rank, local):
+    """The batch of 8 in micro-batches of 4, 1 and 8: Adam amplifies rounding, so a little above 1e-11."""
+    run = train(tmp_path, f"--training.local_batch_size={local}")
+    assert column(run, "loss")[0] == pytest.approx(column(one_rank, "loss")[0], rel=1e-13)
+    assert column(run, "grad_norm")[0] == pytest.approx(column(one_rank, "grad_norm")[0], rel=1e-12)
+    assert_equal_runs(run, one_rank, 1e-9)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(("ranks", "replicate"), [(2, 1), (4, 2)])
+def test_any_number_of_ranks_trains_the_same(tmp_path, one_rank, ranks, replicate):
+    flags = ["--training.local_batch_size=1", f"--parallelism.data_parallel_replicate_degree={replicate}"]
+    first, *others = run_ranks(ranks, train, tmp_path, *flags)
+    assert_equal_runs(first, one_rank, 1e-9)
+    for other in others:
+        assert all(torch.equal(first["tensors"][k], v) for k, v in other["tensors"].items())
+
+
+def interrupted(folder, dtype):
+    """Six steps of 8 in one go, and in two: of the data set's 20 samples, the pause lies after 16."""
+    flags = [
+        "--checkpoint.enable",
+        "--checkpoint.interval=2",
+        "--ema.enable",
+        f"--training.dtype={dtype}",
+        f"--training.mixed_precision_param={dtype}",
+        f"--training.mixed_precision_reduce={dtype}",
+    ]
+    whole = train(folder / "whole", *flags)
+    train(folder / "parts", *flags, "--training.steps=2", "--lr_scheduler.total_steps=6")
+    parts = train(folder / "parts", *flags)
+    return whole, parts
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_a_resumed_run_is_bitwise_the_uninterrupted_one(tmp_path, dtype):
+    whole, parts = interrupted(tmp_path, dtype)
+    assert column(parts, "step") == [1, 2, 3, 4, 5, 6]
+    assert_equal_runs(whole, parts, 0)
+
+
+def interrupted_on_a_rank(folder):
+    return interrupted(folder, "float32")
+
+
+@pytest.mark.distributed
+def test_a_resumed_run_is_bitwise_equal_on_two_ranks(tmp_path):
+    for whole, parts in run_ranks(2, interrupted_on_a_rank, tmp_path, timeout=60):
+        assert_equal_runs(whole, parts, 0)
+
+
+@pytest.mark.distributed
+def test_a_checkpoint_of_two_ranks_goes_on_with_one(tmp_path, one_rank):
+    flags = ["--checkpoint.enable", "--training.local_batch_size=2"]
+    run_ranks(2, train, tmp_path, *flags, "--training.steps=3", "--lr_scheduler.total_steps=6")
+    assert_equal_runs(train(tmp_path, *flags), one_rank, 1e-9)
