@@ -32,6 +32,9 @@ class Encoders:
         """See `TextEncoders` for the arguments and the errors."""
         self.device = device
         self.dtype: torch.dtype = getattr(torch, section.autoencoder_dtype)
+        self._wide = torch.promote_types(
+            self.dtype, torch.float32
+        )  # bfloat16 arithmetic would blur the bytes
         autoencoder = load_autoencoder(section.autoencoder_path, self.dtype)
         self.autoencoder = autoencoder.to(device).eval().requires_grad_(False)
         self.text = TextEncoders(section, device, seed, shard)
@@ -59,8 +62,7 @@ class Encoders:
         With `noise` (standard normal, of the latents' shape) they are drawn from the posterior, without it
         they are its mean.
         """
-        wide = torch.promote_types(self.dtype, torch.float32)
-        image = images.to(self.device, non_blocking=True).to(wide) / 127.5 - 1.0  # [0, 255] -> [-1, 1]
+        image = images.to(self.device, non_blocking=True).to(self._wide) / 127.5 - 1.0  # [0, 255] -> [-1, 1]
         if noise is not None:
             noise = noise.to(self.device, self.dtype)
         return self.autoencoder.encode(image.to(self.dtype), noise)
@@ -68,5 +70,5 @@ class Encoders:
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """uint8 images [B, 3, H, W] of normalised latents [B, 16, H/8, W/8]; clamped to [-1, 1]."""
-        image = self.autoencoder.decode(latents.to(self.device, self.dtype))
+        image = self.autoencoder.decode(latents.to(self.device, self.dtype)).to(self._wide)
         return ((image.clamp(-1.0, 1.0) + 1.0) * 127.5).round().to(torch.uint8)

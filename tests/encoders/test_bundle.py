@@ -83,8 +83,9 @@ def test_decoded_images_are_bytes(encoders, monkeypatch):
     assert (image.min(), image.max()) == (0, 255)
 
 
-def test_bytes_survive_the_way_to_the_autoencoder_and_back(encoders, monkeypatch):
-    """Normalising and its inverse are exact for every byte, in bfloat16 too."""
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_bytes_survive_the_way_to_the_autoencoder_and_back(section, monkeypatch, dtype):
+    encoders = Encoders(section.model_copy(update={"autoencoder_dtype": dtype}), CPU, seed=0)
     every = torch.arange(256, dtype=torch.uint8).reshape(1, 1, 16, 16).expand(1, 3, 16, 16)
     monkeypatch.setattr(encoders.autoencoder, "encode", lambda image, noise: image)
     monkeypatch.setattr(encoders.autoencoder, "decode", lambda latents: latents)

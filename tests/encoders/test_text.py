@@ -91,6 +91,7 @@ def test_frozen_and_in_the_wanted_dtype(stored):
     assert not any(p.requires_grad for p in parameters)
     assert not encoders.t5.training
     assert not encoders.clip.training
+    assert encoders.t5.shared.weight is encoders.t5.encoder.embed_tokens.weight  # one copy, not two
     features = encoders.encode(encoders.tokenize(CAPTIONS))
     assert features.txt.dtype == features.vec.dtype == torch.bfloat16
     assert not features.txt.requires_grad
