@@ -26,6 +26,7 @@ TIMEOUT = 30.0  # seconds; for one collective, and (twice that) for a whole run
 
 _PRELOADED = [
     "pytest",
+    "torch._dynamo",  # what fully_shard imports at its first call
     "torch.distributed.fsdp",
     "torch.distributed.checkpoint",
     "flux_trainer.checkpoint.manager",
