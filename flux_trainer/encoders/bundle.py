@@ -32,9 +32,8 @@ class Encoders:
         """See `TextEncoders` for the arguments and the errors."""
         self.device = device
         self.dtype: torch.dtype = getattr(torch, section.autoencoder_dtype)
-        self._wide = torch.promote_types(
-            self.dtype, torch.float32
-        )  # bfloat16 arithmetic would blur the bytes
+        # Bytes become [-1, 1] and back in this dtype: bfloat16 would blur them.
+        self._wide = torch.promote_types(self.dtype, torch.float32)
         autoencoder = load_autoencoder(section.autoencoder_path, self.dtype)
         self.autoencoder = autoencoder.to(device).eval().requires_grad_(False)
         self.text = TextEncoders(section, device, seed, shard)
