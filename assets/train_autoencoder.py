@@ -1,7 +1,7 @@
 """Trains the small autoencoder of `assets/autoencoder/` on the training split of `assets/emoji/`.
 
-It has the layout of FLUX.1's (8x down, 16 latent channels) at a fortieth of its parameters, so that a
-default run encodes to and decodes from real latents. Plain PyTorch: reconstruction loss (L1, L2, and L1 of the image's
+It has the layout of FLUX.1's (8x down, 16 latent channels) at a fortieth of its parameters, so a default
+run encodes to and decodes from real latents. Plain PyTorch: reconstruction loss (L1, L2, and L1 of the image's
 gradients), a small KL term, AdamW with a cosine schedule, a moving average of the weights. The KL term makes
 the posterior noisy, and the decoder sees samples of it: it tolerates latents that a diffusion model gets
 slightly wrong.
@@ -238,7 +238,8 @@ def main() -> None:
             mse = torch.stack(errors).mean().item() / 4  # of images in [0, 1]
             print(
                 f"step {step:6d}  loss {loss.item():.4f}  PSNR {-10 * math.log10(mse):.2f} dB  "
-                f"lr {lr:.1e}  {images / (now - reported):.1f} images/s  {args.minutes - minutes:.1f} min left",
+                f"lr {lr:.1e}  {images / (now - reported):.1f} images/s  "
+                f"{args.minutes - minutes:.1f} min left",
                 flush=True,
             )
             reported, images, errors = now, 0, []
