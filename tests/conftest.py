@@ -1,0 +1,12 @@
+"""What every test shares: the helpers' place on the path, and one thread per process.
+
+`tests/helpers` is imported as `helpers` (`from helpers.ranks import run_ranks`). Nothing here imports torch,
+so that tests of the torch-free parts stay quick and can see that nobody else imports it.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+sys.path.insert(0, str(Path(__file__).parent))

@@ -1,0 +1,79 @@
+"""Runs as a user starts them: run_train.sh, real processes, real signals."""
+
+import json
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+from helpers.tiny_run import ROOT, lines
+
+SMALL = [
+    "--job.config_file=train_configs/emoji_tiny.toml",
+    "--training.img_size=16",
+    "--training.local_batch_size=2",
+    "--metrics.log_freq=1",
+    "--data.num_workers=1",
+    "--validation.enable=false",
+    "--checkpoint.interval=1000",
+]
+
+
+def start(folder: Path, *flags: str, ranks: int = 1) -> subprocess.Popen:
+    environment = {**os.environ, "NGPU": str(ranks), "LOG_RANK": "0", "CONFIG_FILE": "train_configs/emoji_tiny.toml"}
+    return subprocess.Popen(
+        ["./run_train.sh", f"--job.dump_folder={folder}", *SMALL[1:], *flags],
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def ranks_of(launcher: int) -> list[int]:
+    """Process ids of the ranks that torchrun has started."""
+    found = subprocess.run(["pgrep", "-P", str(launcher)], capture_output=True, text=True, check=False)
+    return [int(line) for line in found.stdout.split()]
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_one_rank_saves_and_stops_all_and_the_run_goes_on(tmp_path, number):
+    run = start(tmp_path, "--training.steps=100000", ranks=2)
+    deadline = time.monotonic() + 200
+    while len(lines(tmp_path)) < 3 and time.monotonic() < deadline:
+        assert run.poll() is None, run.stdout.read()
+        time.sleep(0.2)
+    os.kill(ranks_of(run.pid)[1], number)
+    output, _ = run.communicate(timeout=120)
+    assert run.returncode == 0, output
+    assert "Stopped by a signal" in output
+    saved = [int(path.name.removeprefix("step-")) for path in (tmp_path / "checkpoint").glob("step-*")]
+    assert saved == [lines(tmp_path)[-1]["step"]], "the last step is saved, nothing else"
+
+    goal = saved[0] + 2
+    output, _ = start(tmp_path, f"--training.steps={goal}", "--lr_scheduler.total_steps=100000").communicate(timeout=200)
+    assert f"Resumed from step {saved[0]}" in output
+    assert [line["step"] for line in lines(tmp_path)] == list(range(1, goal + 1))
+
+
+@pytest.mark.slow
+def test_the_default_run_leaves_what_it_says(tmp_path):
+    """Two steps of it, with pictures; the same command again has nothing left to do."""
+    flags = ["--training.steps=2", "--training.img_size=64", "--validation.enable", "--validation.samples=4"]
+    flags += ["--validation.denoising_steps=2", "--training.local_batch_size=4"]
+    output, _ = start(tmp_path, *flags).communicate(timeout=280)
+    for what in ("pictures", "figures", "TensorBoard", "checkpoint"):
+        path = next(line.split()[-1] for line in output.splitlines() if f"  {what}:" in line)
+        assert Path(path).exists(), output
+    assert (tmp_path / "img" / "ema_step-2.png").is_file()
+    records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    training = next(record for record in records if record["step"] == 2 and "loss" in record)
+    assert {"step", "loss", "grad_norm", "lr", "samples_seen", "images_per_second"} <= training.keys()
+    assert training["samples_seen"] == 8
+    output, _ = start(tmp_path, *flags).communicate(timeout=100)
+    assert "Nothing left to do" in output
