@@ -2,6 +2,8 @@
 
 `tests/helpers` is imported as `helpers` (`from helpers.ranks import run_ranks`). Nothing here imports torch,
 so that tests of the torch-free parts stay quick and can see that nobody else imports it.
+
+GPUs are hidden; `TEST_GPU=1 pytest -m gpu` runs the tests that need one.
 """
 
 import os
@@ -9,4 +11,6 @@ import sys
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+if not os.environ.get("TEST_GPU"):  # the figures of these tests are a CPU's, and several ranks share no GPU
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
 sys.path.insert(0, str(Path(__file__).parent))

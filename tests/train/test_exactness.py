@@ -61,7 +61,7 @@ def test_any_number_of_ranks_trains_the_same(tmp_path, one_rank, ranks, replicat
         assert all(torch.equal(first["tensors"][k], v) for k, v in other["tensors"].items())
 
 
-def interrupted(folder, dtype):
+def interrupted(folder, dtype, *more):
     """Six steps of 8 in one go, and in two: of the data set's 20 samples, the pause lies after 16."""
     flags = [
         "--checkpoint.enable",
@@ -70,6 +70,7 @@ def interrupted(folder, dtype):
         f"--training.dtype={dtype}",
         f"--training.mixed_precision_param={dtype}",
         f"--training.mixed_precision_reduce={dtype}",
+        *more,
     ]
     whole = train(folder / "whole", *flags)
     train(folder / "parts", *flags, "--training.steps=2", "--lr_scheduler.total_steps=6")
@@ -99,3 +100,11 @@ def test_a_checkpoint_of_two_ranks_goes_on_with_one(tmp_path, one_rank):
     flags = ["--checkpoint.enable", "--training.local_batch_size=2"]
     run_ranks(2, train, tmp_path, *flags, "--training.steps=3", "--lr_scheduler.total_steps=6")
     assert_equal_runs(train(tmp_path, *flags), one_rank, 1e-9)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device and TEST_GPU=1")
+def test_a_resumed_run_is_bitwise_equal_on_a_gpu(tmp_path):
+    low = ["--debug.deterministic", "--training.mixed_precision_param=bfloat16", "--encoder.dtype=bfloat16"]
+    whole, parts = interrupted(tmp_path, "float32", *low)
+    assert_equal_runs(whole, parts, 0)
