@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from flux_trainer.checkpoint.errors import CheckpointError, DamagedError
-from flux_trainer.runtime.files import sha256, sync_folder, write_json
+from flux_trainer.runtime.files import sha256, sync, write_json
 
 MANIFEST = "manifest.json"
 VERSION = 1
@@ -53,7 +53,7 @@ def tidy(folder: Path) -> None:
                 path.rename(target)
             else:
                 shutil.rmtree(path)
-    sync_folder(folder)
+    sync(folder)
 
 
 def new_folder(folder: Path, step: int) -> Path:
@@ -63,10 +63,13 @@ def new_folder(folder: Path, step: int) -> Path:
     return path
 
 
-def describe(path: Path, pattern: str) -> Manifest:
-    """Size and hash of the files in folder `path` that match a glob pattern."""
-    files = [file for file in sorted(path.glob(pattern)) if file.is_file()]
-    return {file.name: {"size": file.stat().st_size, "sha256": sha256(file)} for file in files}
+def seal(path: Path, pattern: str) -> Manifest:
+    """Put the files in folder `path` that match a glob pattern on the disk; return sizes and hashes."""
+    files = {}
+    for file in sorted(path.glob(pattern)):
+        sync(file)
+        files[file.name] = {"size": file.stat().st_size, "sha256": sha256(file)}
+    return files
 
 
 def publish(path: Path, step: int, files: Manifest) -> None:
@@ -88,7 +91,7 @@ def publish(path: Path, step: int, files: Manifest) -> None:
     if final.exists():
         final.rename(old)
     path.rename(final)
-    sync_folder(path.parent)
+    sync(path.parent)
     shutil.rmtree(old, ignore_errors=True)  # what remains of it, `tidy` deletes
 
 
@@ -106,7 +109,7 @@ def set_aside(folder: Path, step: int) -> Path:
     if target.exists():
         target = path.with_name(f"{path.name}.damaged-{uuid.uuid4().hex[:8]}")
     path.rename(target)
-    sync_folder(folder)
+    sync(folder)
     return target
 
 

@@ -23,7 +23,7 @@ from flux_trainer.checkpoint.metadata import METADATA, read_metadata
 from flux_trainer.checkpoint.tensors import HostCopies, Tensors, total_bytes, write_tensors
 from flux_trainer.config.schema import Checkpoint
 from flux_trainer.runtime.dist import World
-from flux_trainer.runtime.files import ensure_space, sync_folder, write_text
+from flux_trainer.runtime.files import ensure_space, sync, write_text
 from flux_trainer.runtime.log import logger
 
 
@@ -57,7 +57,7 @@ class CheckpointManager:
 
     def _open(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        sync_folder(self.folder.parent)
+        sync(self.folder.parent)
         commit.tidy(self.folder)
 
     # Writing
@@ -133,17 +133,17 @@ class CheckpointManager:
         return commit.new_folder(self.folder, step)
 
     def _finish(self, path: Path, state: str) -> commit.Manifest:
-        """Add what only the first rank writes; describe the files of all ranks, each rank those it wrote."""
+        """Add what only the first rank writes; put all files on the disk, each rank those it wrote."""
 
-        def describe() -> commit.Manifest:
-            files = commit.describe(path, f"__{self.rank}_*")
+        def seal() -> commit.Manifest:
+            files = commit.seal(path, f"__{self.rank}_*")
             if self.rank == 0:
                 read_metadata(path)  # better to learn now than at the resume that it cannot be read
                 write_text(path / STATE, state)
-                files |= commit.describe(path, STATE) | commit.describe(path, METADATA)
+                files |= commit.seal(path, STATE) | commit.seal(path, METADATA)
             return files
 
-        return {name: record for files in together(self.group, describe) for name, record in files.items()}
+        return {name: record for files in together(self.group, seal) for name, record in files.items()}
 
     def _prune(self, written: int) -> None:
         keep = self.section.keep_latest_k

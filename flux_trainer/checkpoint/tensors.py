@@ -69,7 +69,7 @@ class _Writer(FileSystemWriter):
 def write_tensors(
     path: Path, tensors: Tensors, group: dist.ProcessGroup | None, copies: Tensors | None = None
 ) -> None:
-    """Write `tensors` into the folder `path` and sync the files. Every rank of `group` calls it.
+    """Write `tensors` into files in the folder `path`, yet to be synced. Every rank of `group` calls it.
 
     copies: this rank's local parts of the same names in host memory, to be written in their stead.
 
@@ -77,9 +77,11 @@ def write_tensors(
         CheckpointError: some rank could not write; every rank raises it.
         PeerLost: a rank is gone.
     """
-    # One thread, for DCP loses the errors of further ones. Copies need no look-ahead, hence no CUDA stream.
-    look_ahead = 10_000_000 if copies is None else 0
-    writer = _Writer(path, sync_files=True, thread_count=1, per_thread_copy_ahead=look_ahead)
+    # thread_count: DCP loses the errors of all threads but the first, and with them the files' content.
+    # sync_files: before torch 2.15, DCP syncs a file whose last bytes are still in Python's buffer.
+    # per_thread_copy_ahead: copies need no fetching from the device, and so no CUDA stream.
+    copy_ahead = 10_000_000 if copies is None else 0
+    writer = _Writer(path, sync_files=False, thread_count=1, per_thread_copy_ahead=copy_ahead)
     with _dcp(f"writing {path}", group):
         save(
             dict(tensors),

@@ -15,7 +15,7 @@ def make(folder, step, content=b"0123456789"):
     path = commit.new_folder(folder, step)
     for name in (METADATA, STATE, "__0_0.distcp"):
         (path / name).write_bytes(content + name.encode())
-    commit.publish(path, step, commit.describe(path, "*") | commit.describe(path, ".*"))
+    commit.publish(path, step, commit.seal(path, "*") | commit.seal(path, ".*"))
     return commit.step_folder(folder, step)
 
 

@@ -107,6 +107,31 @@ def test_killed_at_random_moments(tmp_path, mode):
     assert max(steps) > 1
 
 
+def test_everything_is_on_the_disk_before_it_counts(tmp_path, monkeypatch):
+    """At the moment of the last rename, each file had been synced at its final size, and then the folder."""
+    synced: list[tuple[int, int]] = []
+    fsync, rename = os.fsync, Path.rename
+
+    def watch_fsync(descriptor):
+        fsync(descriptor)
+        status = os.fstat(descriptor)
+        synced.append((status.st_ino, status.st_size))
+
+    def watch_rename(path, target):
+        if Path(target).name == "step-1":
+            for file in path.iterdir():
+                assert (file.stat().st_ino, file.stat().st_size) in synced, file.name
+            assert synced[-1][0] == path.stat().st_ino
+        return rename(path, target)
+
+    monkeypatch.setattr(os, "fsync", watch_fsync)
+    monkeypatch.setattr(Path, "rename", watch_rename)
+    manager = make(tmp_path)
+    manager.save(1, tensors(1), {"step": 1})
+    assert synced[-1][0] == manager.folder.stat().st_ino
+    assert manager.latest() == 1
+
+
 def save_with_little_disk(folder: str, limit: int, report: str) -> None:
     """Save while no file may grow past `limit` bytes, and note the error."""
     manager = make(folder)
