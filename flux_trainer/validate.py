@@ -12,7 +12,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from flux_trainer.data.bad import BadSamples
+from flux_trainer.data.bad import BadSamples, DataError
 from flux_trainer.data.samples import Batch
 from flux_trainer.encoders.bundle import Encoders
 from flux_trainer.encoders.text import TextFeatures
@@ -42,6 +42,9 @@ def validation_loss(
     """Mean squared error of the velocity at each t = (i + 0.5) / timesteps, over all ranks' valid samples.
 
     Every rank must be given the same number of batches; rows that only pad have `valid` false.
+
+    Raises:
+        DataError: on all ranks, when not one sample is valid.
     """
     sums = torch.zeros(
         timesteps + 1, dtype=torch.float64, device=encoders.device
@@ -59,6 +62,8 @@ def validation_loss(
             sums[i] += error.double()[valid].sum()
         sums[-1] += valid.sum()
     *totals, count = world.sum(sums.tolist())
+    if count == 0:
+        raise DataError(f"Not one validation sample could be used: {bad_samples.path} says why.")
     return [total / count for total in totals]
 
 
