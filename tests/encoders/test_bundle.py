@@ -88,6 +88,8 @@ def test_bytes_survive_the_way_to_the_autoencoder_and_back(section, monkeypatch,
     encoders = Encoders(section.model_copy(update={"autoencoder_dtype": dtype}), CPU, seed=0)
     every = torch.arange(256, dtype=torch.uint8).reshape(1, 1, 16, 16).expand(1, 3, 16, 16)
     monkeypatch.setattr(encoders.autoencoder, "encode", lambda image, noise: image)
+    nearest = (every.float() / 127.5 - 1).to(encoders.dtype)
+    assert torch.equal(encoders.encode_images(every), nearest)
     monkeypatch.setattr(encoders.autoencoder, "decode", lambda latents: latents)
     assert torch.equal(encoders.decode(encoders.encode_images(every)), every)
 
