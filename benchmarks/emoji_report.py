@@ -3,8 +3,8 @@
     python benchmarks/emoji_report.py train_configs/emoji.toml --out docs/emoji
 
 Writes `report.json` (losses with the right and with exchanged captions, on training and held-out samples),
-`seen.png` and `unseen.png` (drawn from captions of either split, beside the nearest training image), `curves.png`
-(losses over the samples seen) and prints the figures. The weights are the averaged ones (EMA).
+`seen.png` and `unseen.png` (drawn from captions of either split, beside the nearest training image),
+`curves.png` (losses over the samples seen) and prints the figures. The weights are the averaged ones (EMA).
 """
 
 import argparse
@@ -105,14 +105,17 @@ def exchange(batches: list[Batch]) -> list[Batch]:
         for name in batches[0].tokens
     }
     return [
-        replace(batch, tokens={name: ids[i] for name, ids in tokens.items()}) for i, batch in enumerate(batches)
+        replace(batch, tokens={name: ids[i] for name, ids in tokens.items()})
+        for i, batch in enumerate(batches)
     ]
 
 
 def draw(trainer: FluxTrainer, sources: list[Source]) -> Image.Image:
     """Pairs of a drawn picture and the training image nearest to it, with their captions."""
     section = trainer.config.validation
-    chosen = [caption for batch in loader(trainer, sources, PICTURES) for caption in batch.captions if caption]
+    chosen = [
+        caption for batch in loader(trainer, sources, PICTURES) for caption in batch.captions if caption
+    ]
     drawn = draw_pictures(
         chosen,
         trainer.encoders,
@@ -131,7 +134,9 @@ def draw(trainer: FluxTrainer, sources: list[Source]) -> Image.Image:
     images = torch.cat([images for images, _ in parts])  # [N, 3, H, W]
     names = [caption for _, captions in parts for caption in captions if caption]
     nearest = [nearest_image(picture, images) for picture in drawn]
-    sheet = torch.stack([picture for i, own in zip(nearest, drawn, strict=True) for picture in (own, images[i])])
+    sheet = torch.stack(
+        [picture for i, own in zip(nearest, drawn, strict=True) for picture in (own, images[i])]
+    )
     captions = [
         text
         for i, prompt in zip(nearest, chosen, strict=True)
@@ -164,7 +169,10 @@ def curves(metrics: Path, out: Path) -> None:
         label="training",
         color="0.7",
     )
-    for key, label in (("validation_loss", "held out"), ("ema_validation_loss", "held out, averaged weights")):
+    for key, label in (
+        ("validation_loss", "held out"),
+        ("ema_validation_loss", "held out, averaged weights"),
+    ):
         points = [(line["step"] * per_step, line[key]) for line in lines if key in line]
         if points:
             axes.plot(*zip(*points, strict=True), marker="o", label=label)

@@ -3,9 +3,9 @@
     python benchmarks/overhead.py [--rounds 15] [--dtype float32]
 
 The bare loop is forward, backward, clipping, optimizer. The trainer's step is everything it does between two
-batches: accumulation, clipping, guard, schedule, optimizer, figures (default logging). Both get the batch as it
-leaves the encoders, whose cost depends on which ones a user trains with. The two take turns in one process, so that
-a change in the machine's speed meets both; the ratio is that of the medians.
+batches: accumulation, clipping, guard, schedule, optimizer, figures (default logging). Both get the batch as
+it leaves the encoders, whose cost depends on which ones a user trains with. The two take turns in one
+process, so that a change in the machine's speed meets both; the ratio is that of the medians.
 """
 
 import argparse
@@ -73,7 +73,8 @@ def main() -> None:
                 if round_ >= 2:
                     times[name].append(time.perf_counter() - start)
         medians = {name: statistics.median(values) for name, values in times.items()}
-        print(f"flux-debug, 1 x (256 + 256) tokens, {args.dtype}, {trainer.device.type}, torch {torch.__version__}")
+        where = f"{args.dtype}, {trainer.device}, torch {torch.__version__}"
+        print(f"flux-debug, 1 x (256 + 256) tokens, {where}")
         for name, values in times.items():
             print(f"{name:8} median {medians[name]:.4f} s  ({min(values):.4f} to {max(values):.4f})")
         print(f"trainer / bare loop = {medians['trainer'] / medians['bare']:.4f}")

@@ -25,12 +25,13 @@ from flux_trainer.flow.latents import image_ids, pack, text_ids, unpack
 from flux_trainer.flow.loss import flow_loss
 from flux_trainer.flow.path import interpolate, velocity
 from flux_trainer.flow.rng import Purpose
-from flux_trainer.flow.timesteps import loss_weight, sample_timesteps
+from flux_trainer.flow.timesteps import loss_weight, sample_timesteps, schedule
 from flux_trainer.metrics.console import validation_line
 from flux_trainer.metrics.pictures import grid
 from flux_trainer.models import registry
 from flux_trainer.models.flops import train_flops_per_sample
 from flux_trainer.models.init import Distribution
+from flux_trainer.parallel.compile import compile_loss
 from flux_trainer.parallel.fsdp import reshard, shard
 from flux_trainer.runtime.log import logger
 from flux_trainer.trainer import Trainer
@@ -65,6 +66,7 @@ class FluxTrainer(Trainer):
         self.latent_shape = (16, self.latent_side, self.latent_side)
         super().__init__(config)
         self.wide = torch.promote_types(self.compute_dtype, torch.float32)  # of noise, latents and targets
+        self.flow_loss = compile_loss(flow_loss, config.compile)
         self.encoders = Encoders(config.encoder, self.device, config.debug.seed, self.shard_encoder)
         self.check_dimensions()
         self.prompts = read_prompts(config.validation)
@@ -127,7 +129,7 @@ class FluxTrainer(Trainer):
 
     def prepare(self, batch: Batch, part: slice) -> MicroBatch:
         config, seed = self.config, self.config.debug.seed
-        draws = batch.draws[part].to(self.device)  # [B]
+        draws = batch.draws[part].to(self.device, non_blocking=True)  # [B]
         sample = None
         if config.encoder.autoencoder_sample:
             sample = rng.normal(seed, Purpose.LATENT, draws, self.latent_shape, self.encoders.dtype)
@@ -179,7 +181,8 @@ class FluxTrainer(Trainer):
 
     def loss(self, micro_batch: MicroBatch) -> Tensor:
         b = micro_batch
-        return flow_loss(self.predict(b.x_t, b.t, b.txt, b.vec), b.target, b.weight, self.global_batch_size)
+        v = self.predict(b.x_t, b.t, b.txt, b.vec)
+        return self.flow_loss(v, b.target, b.weight, self.global_batch_size)
 
     # Validation.
 
@@ -206,7 +209,7 @@ class FluxTrainer(Trainer):
         """The held-out loss and the pictures of the weights and, if there is one, of their average."""
         start = time.perf_counter()
         figures = self.measure("")
-        if self.ema:
+        if self.ema and self.step:  # before the first step they are the same
             with self.averaged_weights():
                 figures |= self.measure("ema_")
         reshard(self.model)
@@ -241,8 +244,11 @@ class FluxTrainer(Trainer):
                 self.encoders,
                 self.predict,
                 shape=self.latent_shape,
-                steps=section.denoising_steps,
-                image_tokens=self.image_tokens,
+                times=schedule(
+                    section.denoising_steps,
+                    self.image_tokens,
+                    shift=self.config.model.flavor != "flux-schnell",
+                ),
                 cfg_scale=section.classifier_free_guidance_scale
                 if section.enable_classifier_free_guidance
                 else None,

@@ -7,6 +7,7 @@ import sys
 
 from flux_trainer.config.check import check
 from flux_trainer.config.load import ConfigError, load
+from flux_trainer.config.schema import JobConfig
 from flux_trainer.config.toml import to_toml
 from flux_trainer.runtime.log import init_logger, logger
 
@@ -26,14 +27,29 @@ def main() -> int:
         logger.info(f"note: {notice}")
     if config.job.print_config:
         logger.info(f"Settings:\n{to_toml(config)}")
+    return train(config)
 
-    from flux_trainer.flux import (
-        FluxTrainer,
-    )  # imports torch: not before the settings are good
 
-    trainer = FluxTrainer(config)
-    trainer.train()
-    trainer.close()
+def train(config: JobConfig) -> int:
+    """Train; what a person can mend becomes a sentence. torchrun learns of every error, from any rank."""
+    # These import torch: not before the settings are known to be good.
+    from torch.distributed.elastic.multiprocessing.errors import record
+
+    from flux_trainer.checkpoint.errors import CheckpointError
+    from flux_trainer.flux import FluxTrainer
+    from flux_trainer.runtime.dist import PeerLost
+
+    @record
+    def run() -> None:
+        trainer = FluxTrainer(config)
+        trainer.train()
+        trainer.close()
+
+    try:
+        run()
+    except (ValueError, FileNotFoundError, CheckpointError, PeerLost) as error:
+        logger.error(str(error))
+        return 1
     return 0
 
 

@@ -43,6 +43,9 @@ from flux_trainer.runtime.files import write_text
 from flux_trainer.runtime.log import logger
 from flux_trainer.runtime.signals import StopFlag
 
+# Settings of [training] that decide what a draw becomes, beside seed and data.
+DRAWN_BY = ("img_size", "classifier_free_guidance_prob", "classifier_free_guidance_joint")
+
 
 class Trainer(ABC):
     """Builds the parts of a run from its settings, trains, and leaves everything below `job.dump_folder`.
@@ -59,6 +62,7 @@ class Trainer(ABC):
         self.device = self.world.device
         self.mesh = build_mesh(config.parallelism, self.world.size, self.device.type)
         self.step = 0
+        self.samples_seen = 0  # position in the run's sample order
 
         training = config.training
         self.compute_dtype: torch.dtype = getattr(torch, training.mixed_precision_param)
@@ -83,7 +87,7 @@ class Trainer(ABC):
         self.parameters = dict(self.model.named_parameters())
         size = sum(p.numel() for p in self.parameters.values())
         logger.info(
-            f"Model {config.model.name} {config.model.flavor}: {size:,} parameters "
+            f"{config.job.description}: model {config.model.name} {config.model.flavor}: {size:,} parameters "
             f"on {self.world.size} x {self.device.type}"
         )
 
@@ -150,25 +154,22 @@ class Trainer(ABC):
 
     # The run.
 
-    @property
-    def samples_seen(self) -> int:
-        """Position in the run's sample order."""
-        return self.step * self.global_batch_size
-
     def train(self) -> None:
-        """Train to the last step, or until a signal asks to stop; the last state is always saved."""
+        """Train to the last step or until a signal asks to stop; with checkpoints on, save that state."""
         training = self.config.training
         if self.step >= training.steps:
             logger.info(
                 f"Nothing left to do: {self.dump_folder} is at step {self.step} of {training.steps}. "
                 "Raise --training.steps, or choose another --job.dump_folder for a fresh run."
             )
+            self.finish()
             return
         self.loader = self.build_loader(self.samples_seen)
+        first_step = self.step + 1
         gc.disable()  # a collection stalls one rank, and with it all others: collect on all at the same step
         if self.step == 0:
             self.run_validation()
-        logger.info(f"Training starts at step {self.step + 1}")
+        logger.info(f"Training starts at step {first_step}")
         stopped = False
         with StopFlag(self.world) as stop, self.profiler:
             while self.step < training.steps and not stopped:
@@ -179,8 +180,17 @@ class Trainer(ABC):
                 self.profiler.step()
                 stopped = stop.poll()
                 self.after_step(stopped)
+                if self.step == first_step:
+                    self.world.set_timeout(self.config.comm.train_timeout_seconds)
         gc.enable()
-        self.finish(stopped)
+        self.loader.close()
+        if self.step < training.steps:
+            again = " The same command goes on from here." if self.config.checkpoint.enable else ""
+            logger.info(f"Stopped by a signal after step {self.step} of {training.steps}.{again}")
+        else:
+            elapsed = duration(self.meter.elapsed).strip()
+            logger.info(f"Training completed: step {self.step} of {training.steps}, {elapsed}")
+        self.finish()
 
     def train_step(self, batch: Batch) -> None:
         """One optimizer step on the global batch of which `batch` is this rank's part."""
@@ -189,6 +199,7 @@ class Trainer(ABC):
         grad_norm = clip_grad_norm(self.parameters.values(), config.training.max_norm)
         skip = self.guard(grad_norm)
         self.step += 1
+        self.samples_seen += self.global_batch_size
         lr = config.optimizer.lr * lr_factor(self.step, config.lr_scheduler, config.training.steps)
         set_lr(self.optimizer, lr)
         optimizer_step(self.optimizer, skip)
@@ -211,16 +222,13 @@ class Trainer(ABC):
 
     def after_step(self, stopped: bool) -> None:
         """What is due between this step and the next."""
-        training, first = self.config.training, self.loader.next_draw == self.global_batch_size
-        last = stopped or self.step == training.steps
-        if last or self.step % self.config.checkpoint.interval == 0:
-            self.save(wait=last)
-        if not stopped and (last or self.step % self.config.validation.freq == 0):
+        done = self.step == self.config.training.steps
+        if done or stopped or self.step % self.config.checkpoint.interval == 0:
+            self.save(wait=done or stopped)
+        if done or (not stopped and self.step % self.config.validation.freq == 0):
             self.run_validation()
-        if self.step % training.gc_freq == 0:
+        if self.step % self.config.training.gc_freq == 0:
             gc.collect(1)
-        if first:
-            self.world.set_timeout(self.config.comm.train_timeout_seconds)
 
     # Figures.
 
@@ -236,7 +244,7 @@ class Trainer(ABC):
                 "lr": lr,
                 "samples_seen": self.samples_seen,
                 "skipped_steps": self.guard.skipped.int(),
-                "skipped_in_row": self.guard.skipped_in_row.int(),
+                "longest_skip": self.guard.longest_skip.int(),
                 "bad_samples": int(bad_draws),
                 **memory_readings(self.device),
             },
@@ -244,9 +252,9 @@ class Trainer(ABC):
         logger.info(training_line(reading, self.config.training.steps, self.color))
         self.writers.scalars(self.step, reading)
         bad.raise_if_too_many(int(bad_draws), int(draws), self.config.data.max_bad_fraction)
-        if (reading["skipped_in_row"] or 0) >= self.config.training.max_skipped_steps:
+        if (reading["longest_skip"] or 0) >= self.config.training.max_skipped_steps:
             raise RuntimeError(
-                f"{reading['skipped_in_row']} steps in a row were skipped up to step {self.step}: "
+                f"{reading['longest_skip']} steps in a row were skipped up to step {self.step}: "
                 "their gradients were not finite, or jumped (training.spike_factor). The weights are as "
                 "before them. Lower optimizer.lr, or look at the data."
             )
@@ -270,13 +278,15 @@ class Trainer(ABC):
 
     def identity(self) -> dict[str, Any]:
         """What a resumed run must share with the one that wrote the checkpoint."""
-        config = self.config
+        config, training = self.config, self.config.training
         return {
             "model": config.model.model_dump(),
             "debug.seed": config.debug.seed,
             "data.sources": [source.model_dump() for source in config.data.sources],
             "training.global_batch_size": self.global_batch_size,
-            "training.img_size": config.training.img_size,
+            **{f"data.{key}": getattr(config.data, key) for key in ("crop", "flip_prob")},
+            **{f"training.{key}": getattr(training, key) for key in DRAWN_BY},
+            "encoder.max_t5_encoding_len": config.encoder.max_t5_encoding_len,
         }
 
     def tensors(self) -> dict[str, Tensor]:
@@ -300,7 +310,7 @@ class Trainer(ABC):
         section = self.config.checkpoint
         state = self.checkpoints.resume(self.tensors(), self.identity()) if section.enable else None
         if state is not None:
-            self.step = state["step"]
+            self.step, self.samples_seen = state["step"], state["samples_seen"]
             logger.info(f"Resumed from step {self.step}")
             return
         if section.initial_load_path:
@@ -313,16 +323,10 @@ class Trainer(ABC):
         if self.ema:
             self.ema.reset()
 
-    def finish(self, stopped: bool) -> None:
+    def finish(self) -> None:
         """Close everything, and say where things are."""
-        self.loader.close()
         self.checkpoints.close()
         self.writers.close()
-        if stopped:
-            logger.info(f"Stopped by a signal after step {self.step}. The same command goes on from here.")
-        else:
-            elapsed = duration(self.meter.elapsed).strip()
-            logger.info(f"Training completed: step {self.step} of {self.config.training.steps}, {elapsed}")
         for what, path in self.outputs().items():
             logger.info(f"  {what + ':':<12} {path}")
 

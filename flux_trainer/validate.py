@@ -20,7 +20,6 @@ from flux_trainer.flow import rng
 from flux_trainer.flow.euler import euler
 from flux_trainer.flow.path import interpolate, velocity
 from flux_trainer.flow.rng import Purpose
-from flux_trainer.flow.timesteps import schedule
 from flux_trainer.runtime.dist import World, all_gather
 
 Predict = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -74,8 +73,7 @@ def draw_pictures(
     predict: Predict,
     *,
     shape: Sequence[int],
-    steps: int,
-    image_tokens: int,
+    times: Sequence[float],
     cfg_scale: float | None,
     batch_size: int,
     seed: int,
@@ -85,15 +83,15 @@ def draw_pictures(
     """Pictures uint8 [len(prompts), 3, H, W] of the prompts, the same on every rank.
 
     The ranks share the prompts out; each makes the same number of calls, the last ones possibly for nothing.
-    Noise is keyed by the prompt's number. Euler steps on FLUX's shifted schedule.
+    Noise is keyed by the prompt's number. Euler steps from noise to data.
 
     Args:
         shape: of one image's latents, [C, H/8, W/8].
+        times: falling from 1 to 0 (`flow.timesteps.schedule`).
         cfg_scale: of classifier-free guidance against the empty prompt; None: without it.
     """
     share = -(-len(prompts) // world.size)  # prompts per rank, rounded up
     mine = [min(world.rank * share + i, len(prompts) - 1) for i in range(share)]
-    times = schedule(steps, image_tokens)
     pictures = []
     for start in range(0, share, batch_size):
         numbers = mine[start : start + batch_size]

@@ -81,8 +81,10 @@ class Batch:
         self.tokens = {k: torch.from_numpy(v) for k, v in state["tokens"].items()}
 
     def pin_memory(self) -> Batch:
-        """Move the images to page-locked memory, for asynchronous copies. Called by the loader."""
-        self.images = self.images.pin_memory()
+        """In page-locked memory, from where a GPU copies without waiting. Called by the loader."""
+        for name in ("draws", "images", "drop_t5", "drop_clip", "valid"):
+            setattr(self, name, getattr(self, name).pin_memory())
+        self.tokens = {name: ids.pin_memory() for name, ids in self.tokens.items()}
         return self
 
 

@@ -88,7 +88,8 @@ class TextEncoders:
 
     def drop(self, features: TextFeatures, drop_t5: Tensor, drop_clip: Tensor) -> TextFeatures:
         """`features` with the rows flagged in `drop_t5`, `drop_clip` (bool [B]) as for the empty prompt."""
-        drop_t5, drop_clip = drop_t5.to(self.device), drop_clip.to(self.device)
+        drop_t5 = drop_t5.to(self.device, non_blocking=True)
+        drop_clip = drop_clip.to(self.device, non_blocking=True)
         return TextFeatures(
             torch.where(drop_t5[:, None, None], self.empty.txt, features.txt),  # [B, L, C]
             torch.where(drop_clip[:, None], self.empty.vec, features.vec),  # [B, D]

@@ -29,7 +29,7 @@ TAGS = {
     "images_per_second": "throughput/images_per_second",
     "tokens_per_second": "throughput/tokens_per_second",
     "validation_loss": "validation_metrics/loss",
-    "validation_loss_ema": "validation_metrics/loss_ema",
+    "ema_validation_loss": "validation_metrics/ema_loss",
 }
 
 

@@ -42,6 +42,7 @@ class Guard:
         self.accepted = torch.zeros((), device=device)
         self.skipped = torch.zeros((), device=device)
         self.skipped_in_row = torch.zeros((), device=device)
+        self.longest_skip = torch.zeros((), device=device)  # the most there were in a row
 
     def __call__(self, grad_norm: Tensor) -> Tensor:
         """float32 scalar: 1 = skip, 0 = go on."""
@@ -56,8 +57,10 @@ class Guard:
         self.accepted += good
         self.skipped += 1 - good
         self.skipped_in_row.copy_((self.skipped_in_row + 1) * (1 - good))
+        self.longest_skip.copy_(torch.maximum(self.longest_skip, self.skipped_in_row))
         return 1 - good
 
     def tensors(self) -> dict[str, Tensor]:
         """Live state for a checkpoint."""
-        return {f"guard.{k}": getattr(self, k) for k in ("mean", "accepted", "skipped", "skipped_in_row")}
+        names = ("mean", "accepted", "skipped", "skipped_in_row", "longest_skip")
+        return {f"guard.{name}": getattr(self, name) for name in names}

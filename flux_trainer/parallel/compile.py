@@ -1,11 +1,11 @@
-"""torch.compile, block by block: blocks of one kind share one graph, so the cost does not grow with depth."""
+"""torch.compile of blocks and loss. Blocks of one kind share a graph: the cost does not grow with depth."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from flux_trainer.config.schema import Compile
 
@@ -15,3 +15,10 @@ def compile_blocks(blocks: Iterable[nn.Module], section: Compile) -> None:
     if section.enable and "model" in section.components:
         for block in blocks:
             block.forward = torch.compile(block.forward, backend=section.backend, fullgraph=True)
+
+
+def compile_loss(loss: Callable[..., Tensor], section: Compile) -> Callable[..., Tensor]:
+    """`loss`, compiled if the settings say so."""
+    if section.enable and "loss" in section.components:
+        return torch.compile(loss, backend=section.backend, fullgraph=True)
+    return loss

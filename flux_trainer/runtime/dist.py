@@ -141,6 +141,7 @@ def set_deterministic(seed: int, deterministic: bool) -> None:
     """
     torch.manual_seed(seed)
     torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False  # convolutions have a switch of their own
     if deterministic:
         os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # cuBLAS picks its split of a sum by free workspace
         torch.use_deterministic_algorithms(True)

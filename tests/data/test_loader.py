@@ -193,14 +193,12 @@ def alive(pid: int) -> bool:
         return False
 
 
-@pytest.mark.parametrize(
-    ("ending", "status", "patience"),
-    [("exit", 3, 0), pytest.param("die", -signal.SIGKILL, 15, marks=pytest.mark.slow)],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("ending", "status", "patience"), [("exit", 3, 0), ("die", -signal.SIGKILL, 15)])
 def test_workers_end_with_the_program(ending: str, status: int, patience: float) -> None:
     """Also if it forgets to close the loader, or is killed: deaf to SIGTERM, they must end all the same."""
     program = subprocess.run(
-        [sys.executable, "-c", SCRIPT, ending], stdout=subprocess.PIPE, timeout=60, text=True, check=False
+        [sys.executable, "-c", SCRIPT, ending], stdout=subprocess.PIPE, timeout=200, text=True, check=False
     )
     assert program.returncode == status
     pids = [int(pid) for pid in program.stdout.split()]

@@ -96,7 +96,7 @@ def test_guard_skips_what_is_not_finite_and_counts():
     guard = Guard(0.0, torch.device("cpu"))
     norms = [1.0, float("nan"), float("inf"), 3.0, 1e6]
     assert [guard(torch.tensor(n)).item() for n in norms] == [0, 1, 1, 0, 0]
-    assert (guard.skipped, guard.skipped_in_row, guard.accepted) == (2, 0, 3)
+    assert (guard.skipped, guard.skipped_in_row, guard.longest_skip, guard.accepted) == (2, 0, 2, 3)
 
 
 def test_guard_skips_spikes_once_it_knows_the_usual_range():

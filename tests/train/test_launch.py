@@ -11,7 +11,6 @@ import pytest
 from helpers.tiny_run import ROOT, lines
 
 SMALL = [
-    "--job.config_file=train_configs/emoji_tiny.toml",
     "--training.img_size=16",
     "--training.local_batch_size=2",
     "--metrics.log_freq=1",
@@ -22,9 +21,9 @@ SMALL = [
 
 
 def start(folder: Path, *flags: str, ranks: int = 1) -> subprocess.Popen:
-    environment = {**os.environ, "NGPU": str(ranks), "LOG_RANK": "0", "CONFIG_FILE": "train_configs/emoji_tiny.toml"}
+    environment = {**os.environ, "NGPU": str(ranks), "CONFIG_FILE": "train_configs/emoji_tiny.toml"}
     return subprocess.Popen(
-        ["./run_train.sh", f"--job.dump_folder={folder}", *SMALL[1:], *flags],
+        ["./run_train.sh", f"--job.dump_folder={folder}", *SMALL, *flags],
         cwd=ROOT,
         env=environment,
         stdout=subprocess.PIPE,
@@ -56,7 +55,8 @@ def test_a_signal_to_one_rank_saves_and_stops_all_and_the_run_goes_on(tmp_path, 
     assert saved == [lines(tmp_path)[-1]["step"]], "the last step is saved, nothing else"
 
     goal = saved[0] + 2
-    output, _ = start(tmp_path, f"--training.steps={goal}", "--lr_scheduler.total_steps=100000").communicate(timeout=200)
+    again = start(tmp_path, f"--training.steps={goal}", "--training.global_batch_size=4")
+    output, _ = again.communicate(timeout=200)
     assert f"Resumed from step {saved[0]}" in output
     assert [line["step"] for line in lines(tmp_path)] == list(range(1, goal + 1))
 
