@@ -15,13 +15,15 @@ HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 HINTS = {
     "t5": (
         "FLUX.1's T5 as safetensors (google/t5-v1_1-xxl has none on its main branch), with its tokenizer: "
-        "`hf download black-forest-labs/FLUX.1-dev --include '*_2/*' --local-dir assets/hf/FLUX.1-dev` (accept "
-        'its licence on the hub first), then encoder.t5_encoder = "assets/hf/FLUX.1-dev/text_encoder_2".'
+        "`hf download black-forest-labs/FLUX.1-dev --include '*_2/*' --local-dir assets/hf/FLUX.1-dev` "
+        "(accept its licence on the hub first), then encoder.t5_encoder = "
+        '"assets/hf/FLUX.1-dev/text_encoder_2".'
     ),
     "clip": (
         "FLUX.1's CLIP with its tokenizer: `hf download openai/clip-vit-large-patch14 config.json "
-        "model.safetensors vocab.json merges.txt tokenizer_config.json --local-dir assets/hf/clip-vit-large-patch14`, then "
-        'encoder.clip_encoder = "assets/hf/clip-vit-large-patch14".'
+        "model.safetensors vocab.json merges.txt tokenizer_config.json "
+        "--local-dir assets/hf/clip-vit-large-patch14`, then encoder.clip_encoder = "
+        '"assets/hf/clip-vit-large-patch14".'
     ),
 }
 """How to get each encoder."""
