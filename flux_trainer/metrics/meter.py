@@ -63,6 +63,7 @@ class Meter:
         self._clock = clock
         self._start = self._last = clock()
         self._started = False
+        self._warm = False  # a reading after the first has been taken
         self._recent: deque[float] = deque(maxlen=RECENT)
         self._all_steps = 0
         self._all_paused = 0.0  # since the first step: pauses that will come again
@@ -119,6 +120,9 @@ class Meter:
         now = self._clock()
         seconds = max(now - self._last - self._paused, 1e-9)
         flops = self.flops_per_image * self._images / seconds / self.devices
+        if self._all_steps > self._steps and not self._warm:
+            self._recent.clear()  # the first step compiles, allocates and fills caches: it predicts nothing
+            self._warm = True
         self._recent.append(seconds / self._steps)
         reading = {
             "step": step,

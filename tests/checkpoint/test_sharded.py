@@ -101,16 +101,15 @@ def load(folder: str, replicas: int) -> None:
     manager.close()
 
 
-@pytest.mark.parametrize("mode", ["disabled", "async"])
 @pytest.mark.parametrize(
-    ("saved", "loaded"),
+    ("saved", "loaded", "mode"),
     [
-        ((1, 1), (2, 1)),
-        ((2, 1), (1, 1)),
-        ((4, 1), (2, 1)),
-        ((2, 1), (4, 2)),
-        ((4, 2), (4, 1)),
-        ((4, 2), (1, 1)),
+        ((1, 1), (2, 1), "disabled"),
+        ((2, 1), (1, 1), "async"),
+        ((4, 1), (2, 1), "disabled"),
+        ((2, 1), (4, 2), "disabled"),
+        ((4, 2), (4, 1), "async"),
+        ((4, 2), (1, 1), "disabled"),
     ],
     ids=str,
 )

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import multiprocessing
+from dataclasses import asdict
+from multiprocessing.synchronize import Event
 from pathlib import Path
 
 import pytest
@@ -41,18 +44,23 @@ def test_a_torn_line_is_no_obstacle(tmp_path: Path) -> None:
     assert len((tmp_path / "bad_samples.jsonl").read_text().splitlines()) == 2
 
 
-def _list_all(folder: Path) -> None:
-    for record in RECORDS * 3:
-        BadSamples(folder).list([record])
+def _list(folder: Path, ready: Event) -> None:
+    ready.set()
+    BadSamples(folder).list(RECORDS[:2])
 
 
-def test_processes_do_not_write_over_each_other(tmp_path: Path) -> None:
-    processes = [multiprocessing.Process(target=_list_all, args=(tmp_path,)) for _ in range(4)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join()
-    assert sorted(listed(tmp_path), key=lambda record: record.index) == RECORDS
+def test_a_rank_waits_while_another_one_writes(tmp_path: Path) -> None:
+    ready = multiprocessing.Event()
+    other = multiprocessing.Process(target=_list, args=(tmp_path, ready))
+    with (tmp_path / "bad_samples.jsonl").open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        other.start()
+        ready.wait()
+        other.join(timeout=0.5)
+        assert other.is_alive()
+        file.write(json.dumps(asdict(RECORDS[0])) + "\n")
+    other.join()
+    assert listed(tmp_path) == RECORDS[:2]
 
 
 def test_the_run_stops_above_the_share(tmp_path: Path) -> None:

@@ -232,3 +232,18 @@ def test_blocks_of_a_kind_share_one_compiled_graph(monkeypatch, one_process):
 def test_a_mesh_that_does_not_fit_is_refused():
     with pytest.raises(ValueError, match=r"3 .* x 1 .* = 3 ranks, but the world has 4"):
         build_mesh(Parallelism(data_parallel_replicate_degree=3), 4, "cpu")
+
+
+def gathered_after_forward() -> list[bool]:
+    """Whether a block's weights are still whole after a forward, for each setting."""
+    whole = []
+    for setting in ("always", "default", "never"):
+        model = build(torch.distributed.get_world_size(), reshard=setting)
+        model(**samples())
+        whole.append(not isinstance(model.double_blocks[0].img_attn.qkv.weight, DTensor))
+    return whole
+
+
+@pytest.mark.distributed
+def test_weights_are_freed_after_forward_unless_told_otherwise():
+    assert run_ranks(2, gathered_after_forward) == [[False, False, True]] * 2

@@ -22,6 +22,14 @@ def test_write_text_replaces_and_leaves_nothing_else(tmp_path):
     assert os.listdir(path.parent) == ["note.txt"]
 
 
+def test_a_reader_meets_the_old_content_or_the_new(tmp_path):
+    path = tmp_path / "note.txt"
+    files.write_text(path, "old and long")
+    with open(path) as reader:
+        files.write_text(path, "new")
+        assert reader.read() == "old and long"
+
+
 def test_write_json_keeps_every_bit_of_a_float(tmp_path):
     value = {"loss": 0.1 + 0.2, "steps": [1, 2], "none": None}
     files.write_json(tmp_path / "state.json", value)

@@ -3,7 +3,9 @@
 import pytest
 import torch
 from helpers.ranks import run_ranks
-from helpers.tiny_run import train
+from helpers.tiny_run import TinyTrainer, tiny_config, train
+
+from flux_trainer.checkpoint.errors import CheckpointError
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -108,3 +110,35 @@ def test_a_resumed_run_is_bitwise_equal_on_a_gpu(tmp_path):
     low = ["--debug.deterministic", "--training.mixed_precision_param=bfloat16", "--encoder.dtype=bfloat16"]
     whole, parts = interrupted(tmp_path, "float32", *low)
     assert_equal_runs(whole, parts, 0)
+
+
+def test_a_forced_resume_with_another_batch_goes_on_where_the_data_was(tmp_path):
+    flags = ["--checkpoint.enable", "--training.local_batch_size=4"]
+    train(tmp_path, *flags, "--training.steps=3")
+    other = [*flags, "--training.steps=5", "--training.global_batch_size=4"]
+    with pytest.raises(CheckpointError, match=r"training\.global_batch_size"):
+        train(tmp_path, *other)
+    run = train(tmp_path, *other, "--checkpoint.force_resume")
+    assert column(run, "samples_seen") == [8, 16, 24, 28, 32]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device and TEST_GPU=1")
+def test_a_step_that_logs_nothing_never_waits_for_the_gpu(tmp_path):
+    low = [
+        "--training.dtype=float32",
+        "--training.mixed_precision_reduce=float32",
+        "--encoder.dtype=bfloat16",
+    ]
+    low += ["--training.mixed_precision_param=bfloat16", "--metrics.log_freq=1000"]
+    trainer = TinyTrainer(tiny_config(tmp_path, *low))
+    trainer.loader = trainer.build_loader(0)
+    for _ in range(3):  # the first step logs, and the first few fill caches
+        trainer.train_step(next(trainer.loader))
+    batch = next(trainer.loader)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        trainer.train_step(batch)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+        trainer.loader.close()
