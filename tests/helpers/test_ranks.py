@@ -65,5 +65,5 @@ def test_a_lost_rank_is_expected_or_an_error() -> None:
 
 def test_start_runs_a_function_in_a_process(tmp_path) -> None:
     process = start(write, str(tmp_path / "file"))
-    process.join(20)
+    process.join(60)
     assert (tmp_path / "file").read_text() == "done"

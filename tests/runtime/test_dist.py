@@ -35,7 +35,7 @@ def test_world_of_one_needs_no_launcher(tmp_path, monkeypatch):
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
     process = start(world_of_one, str(tmp_path / "done"))
-    process.join(30)
+    process.join(60)
     assert (tmp_path / "done").read_text() == "done"
 
 
