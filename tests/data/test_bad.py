@@ -44,22 +44,22 @@ def test_a_torn_line_is_no_obstacle(tmp_path: Path) -> None:
     assert len((tmp_path / "bad_samples.jsonl").read_text().splitlines()) == 2
 
 
-def _list(folder: Path, ready: Event) -> None:
-    ready.set()
+def _list(folder: Path, begin: Event) -> None:
+    begin.wait()
     BadSamples(folder).list(RECORDS[:2])
 
 
 def test_a_rank_waits_while_another_one_writes(tmp_path: Path) -> None:
-    ready = multiprocessing.Event()
-    other = multiprocessing.Process(target=_list, args=(tmp_path, ready))
+    begin = multiprocessing.Event()
+    other = multiprocessing.Process(target=_list, args=(tmp_path, begin))
+    other.start()
     with (tmp_path / "bad_samples.jsonl").open("a") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        other.start()
-        ready.wait()
+        begin.set()
         other.join(timeout=0.5)
         assert other.is_alive()
         file.write(json.dumps(asdict(RECORDS[0])) + "\n")
-    other.join()
+    other.join(timeout=60)
     assert listed(tmp_path) == RECORDS[:2]
 
 
