@@ -9,19 +9,23 @@ Writes `report.json` (losses with the right and with exchanged captions, on trai
 
 import argparse
 import json
+import tempfile
 from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor
 
+from flux_trainer.checkpoint.manager import CheckpointManager
 from flux_trainer.config.load import load_config
 from flux_trainer.config.schema import Source
 from flux_trainer.data.loader import ValidationLoader
 from flux_trainer.data.samples import Batch, ValidationSamples
+from flux_trainer.flow.timesteps import schedule
 from flux_trainer.flux import FluxTrainer
 from flux_trainer.metrics.pictures import grid
 from flux_trainer.validate import draw_pictures, validation_loss
@@ -35,33 +39,48 @@ def main() -> None:
     parser.add_argument("config")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--samples", type=int, default=92, help="of each split, for the losses")
-    parser.add_argument("overrides", nargs="*", help="--section.key=value, after --")
-    args = parser.parse_args()
+    args, overrides = parser.parse_known_args()  # what is left are settings: --section.key=value
     args.out.mkdir(parents=True, exist_ok=True)
 
-    config = load_config(["--job.config_file", args.config, *args.overrides])
-    trainer = FluxTrainer(config)
-    if trainer.step == 0:
-        raise SystemExit(f"{config.job.dump_folder} holds no checkpoint: train first")
+    config = load_config(["--job.config_file", args.config, "--compile.no-enable", *overrides])
+    run = Path(config.job.dump_folder)
+    with tempfile.TemporaryDirectory() as scratch:  # the run's own folder stays as it is
+        trainer = FluxTrainer(
+            config.model_copy(
+                update={
+                    "job": config.job.model_copy(update={"dump_folder": scratch}),
+                    "checkpoint": config.checkpoint.model_copy(update={"enable": False}),
+                }
+            )
+        )
+        checkpoints = CheckpointManager(config.checkpoint, run, trainer.world)
+        state = checkpoints.resume(trainer.tensors(), trainer.identity())
+        if state is None:
+            raise SystemExit(f"{run} holds no checkpoint: train first")
+        report(trainer, state, run, args.out, args.samples)
+        trainer.close()
+
+
+def report(trainer: FluxTrainer, state: dict[str, Any], run: Path, out: Path, samples: int) -> None:
+    config = trainer.config
     splits = {"train": config.data.sources, "held_out": config.validation.sources}
     with trainer.averaged_weights() if trainer.ema else nullcontext():
-        report = {"step": trainer.step, "samples_seen": trainer.samples_seen}
+        figures = {"step": state["step"], "samples_seen": state["samples_seen"]}
         for name, sources in splits.items():
-            batches = list(loader(trainer, sources, args.samples))
-            report[f"{name}_loss"] = loss(trainer, batches)
-            report[f"{name}_loss_exchanged_captions"] = loss(trainer, exchange(batches))
+            batches = list(loader(trainer, sources, samples))
+            figures[f"{name}_loss"] = loss(trainer, batches)
+            figures[f"{name}_loss_exchanged_captions"] = loss(trainer, exchange(batches))
         for name, sources in zip(("seen", "unseen"), splits.values(), strict=True):
-            draw(trainer, sources).save(args.out / f"{name}.png")
-    curves(trainer.dump_folder / "metrics.jsonl", args.out / "curves.png")
-    (args.out / "report.json").write_text(json.dumps(report, indent=2) + "\n")
-    print(json.dumps(report, indent=2))
-    trainer.close()
+            draw(trainer, sources).save(out / f"{name}.png")
+    curves(run / "metrics.jsonl", out / "curves.png")
+    (out / "report.json").write_text(json.dumps(figures, indent=2) + "\n")
+    print(json.dumps(figures, indent=2))
 
 
 def loader(trainer: FluxTrainer, sources: list[Source], count: int) -> ValidationLoader:
     """`count` samples at even distances through the sources."""
     config = trainer.config
-    plain = [replace_repeats(source) for source in sources]
+    plain = [source.model_copy(update={"weight": None, "repeats": 1}) for source in sources]
     samples = ValidationSamples(
         plain, count=count, image_size=config.training.img_size, max_pixels=config.data.max_pixels
     )
@@ -73,10 +92,6 @@ def loader(trainer: FluxTrainer, sources: list[Source], count: int) -> Validatio
         rank=0,
         world_size=1,
     )
-
-
-def replace_repeats(source: Source) -> Source:
-    return source.model_copy(update={"weight": None, "repeats": 1})
 
 
 def loss(trainer: FluxTrainer, batches: Iterable[Batch]) -> float:
@@ -121,8 +136,7 @@ def draw(trainer: FluxTrainer, sources: list[Source]) -> Image.Image:
         trainer.encoders,
         trainer.predict,
         shape=trainer.latent_shape,
-        steps=section.denoising_steps,
-        image_tokens=trainer.image_tokens,
+        times=schedule(section.denoising_steps, trainer.image_tokens),
         cfg_scale=section.classifier_free_guidance_scale if section.enable_classifier_free_guidance else None,
         batch_size=section.local_batch_size,
         seed=trainer.config.debug.seed,
