@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from flux_trainer.config.schema import JobConfig, Validation
-from flux_trainer.data.loader import Batch, TrainLoader, ValidationLoader
+from flux_trainer.data.loader import TrainLoader, ValidationLoader
 from flux_trainer.data.sampler import open_mixture
-from flux_trainer.data.samples import TrainSamples, ValidationSamples
+from flux_trainer.data.samples import Batch, TrainSamples, ValidationSamples
 from flux_trainer.encoders.bundle import Encoders
 from flux_trainer.flow import rng
 from flux_trainer.flow.latents import image_ids, pack, text_ids, unpack

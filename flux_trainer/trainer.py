@@ -21,7 +21,8 @@ from flux_trainer.checkpoint.manager import CheckpointManager
 from flux_trainer.config.schema import JobConfig
 from flux_trainer.config.toml import to_toml
 from flux_trainer.data.bad import BadSamples
-from flux_trainer.data.loader import Batch, TrainLoader
+from flux_trainer.data.loader import TrainLoader
+from flux_trainer.data.samples import Batch
 from flux_trainer.metrics.console import duration, training_line
 from flux_trainer.metrics.memory import memory_readings
 from flux_trainer.metrics.meter import Meter

@@ -2,8 +2,6 @@
 
 from dataclasses import replace
 
-from torch import nn
-
 from flux_trainer.models.flux1 import Flux1Config, Flux1Model
 
 _FLUX_DEV = Flux1Config(
@@ -42,7 +40,7 @@ FLAVORS: dict[str, Flux1Config] = {
 }
 
 
-def build(name: str, flavor: str) -> nn.Module:
+def build(name: str, flavor: str) -> Flux1Model:
     """The model of that family and flavor, on torch's default device (`with torch.device("meta")`: no data).
 
     ValueError if there is none, naming those there are.

@@ -6,7 +6,9 @@ A block's `forward` is replaced, rather than the block wrapped, so parameter nam
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import AbstractContextManager
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -25,11 +27,11 @@ ATTENTION = {
 MATMULS = {aten.mm.default, aten.addmm.default}
 
 
-def _selective_contexts():
+def _selective_contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
     """Keep attention and every second matrix product, recompute all else."""
     count = {False: 0, True: 0}  # forward and recomputation each count for themselves
 
-    def policy(ctx, op, *args, **kwargs) -> CheckpointPolicy:
+    def policy(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
         if op in MATMULS:
             count[ctx.is_recompute] += 1
         keep = op in ATTENTION or (op in MATMULS and count[ctx.is_recompute] % 2 == 1)
@@ -42,15 +44,14 @@ def apply_checkpointing(blocks: Iterable[nn.Module], section: ActivationCheckpoi
     """Make the blocks recompute their activations in backward, in place."""
     if section.mode == "none":
         return
-    every, contexts = 1, {}
+    every = 1
+    # The model draws no random numbers, so there is no generator state to restore.
+    options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
     if section.mode == "selective":
         if section.selective_ac_option == "op":
-            contexts = {"context_fn": _selective_contexts}
+            options["context_fn"] = _selective_contexts
         else:
             every = int(section.selective_ac_option)
     for index, block in enumerate(blocks):
         if index % every == 0:
-            # The model draws no random numbers, so there is no generator state to restore.
-            block.forward = partial(
-                checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False, **contexts
-            )
+            block.forward = partial(checkpoint, block.forward, **options)
