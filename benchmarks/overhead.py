@@ -12,6 +12,7 @@ import argparse
 import statistics
 import tempfile
 import time
+from contextlib import closing
 from pathlib import Path
 
 import torch
@@ -54,7 +55,7 @@ def main() -> None:
                 ]
             )
         )
-        with trainer.build_loader(0) as loader:
+        with closing(trainer.build_loader(0)) as loader:
             batch = next(loader)
         trainer.ready = trainer.prepare(batch, slice(0, 1))
         other = bare_model(trainer)

@@ -18,6 +18,9 @@ import torch.distributed as dist
 
 T = TypeVar("T")
 
+# Public from torch 2.15 on.
+_set_timeout = getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout
+
 # A rank may write its share of a checkpoint for long while the others wait. A dead peer is noticed at once
 # whatever this says (its connection closes); only a hung one is waited for.
 _CHECKPOINT_TIMEOUT = timedelta(minutes=30)
@@ -58,7 +61,7 @@ class World:
             dist.barrier(group=self.control)
         for group in list(dist.distributed_c10d._world.pg_map):
             if group is not self.checkpoint:
-                dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)
+                _set_timeout(timedelta(seconds=seconds), group)
 
     def close(self) -> None:
         """End the process group together; not after an error, for a peer may be gone."""
