@@ -35,6 +35,10 @@ fi
 # Mistakes in the settings are answered here, before torch is imported anywhere.
 "$PYTHON" -m flux_trainer config --quiet --ngpu "$((NGPU * NNODES))" --job.config_file "$CONFIG_FILE" "$@"
 
+# On a CPU, keep freed memory: glibc hands large blocks back to the system at once, and FSDP takes them anew each step.
+if ! nvidia-smi -L >/dev/null 2>&1; then
+    export MALLOC_MMAP_MAX_=${MALLOC_MMAP_MAX_:-0} MALLOC_TRIM_THRESHOLD_=${MALLOC_TRIM_THRESHOLD_:-17179869184}
+fi
 # Less fragmentation where image sizes or phases (training, validation) alternate.
 export PYTORCH_ALLOC_CONF=${PYTORCH_ALLOC_CONF:-expandable_segments:True}
 # The ranks get a store of their own: the launcher's keeps the addresses of ranks that died.
