@@ -7,6 +7,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from flux_trainer.config.schema import ActivationCheckpoint, Compile, Parallelism
+from flux_trainer.parallel.cast import read_as
 from flux_trainer.parallel.compile import compile_blocks
 from flux_trainer.parallel.fsdp import shard
 from flux_trainer.parallel.remat import apply_checkpointing
@@ -32,9 +33,10 @@ def parallelize(
     """
     apply_checkpointing(blocks, activation_checkpoint)
     compile_blocks(blocks, compile)
-    stored = next(model.parameters()).dtype
-    if mesh.size() == 1 and param_dtype == stored:
-        return  # nothing to share and nothing to cast: FSDP would only copy
+    if mesh.size() == 1:  # nothing to share: FSDP would only copy
+        if param_dtype != next(model.parameters()).dtype:
+            read_as(model, param_dtype)
+        return
     shard(
         model,
         blocks,

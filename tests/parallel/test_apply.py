@@ -11,7 +11,7 @@ from flux_trainer.models.flux1 import Flux1Config, Flux1Model
 from flux_trainer.models.init import Normal
 from flux_trainer.optim.guard import clip_grad_norm
 from flux_trainer.parallel.apply import parallelize
-from flux_trainer.parallel.fsdp import defer_all_reduce
+from flux_trainer.parallel.fsdp import defer_all_reduce, shard
 from flux_trainer.parallel.init import init_weights
 from flux_trainer.parallel.mesh import build_mesh
 
@@ -205,8 +205,9 @@ def dtypes_on_a_rank() -> dict[str, set]:
 
 
 @pytest.mark.distributed
-def test_positions_and_times_stay_float32_under_mixed_precision():
-    for seen in run_ranks(2, dtypes_on_a_rank):
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_positions_and_times_stay_float32_under_mixed_precision(ranks):
+    for seen in run_ranks(ranks, dtypes_on_a_rank):
         assert seen == {
             "pe": {torch.float32},
             "time": {torch.float32},
@@ -214,6 +215,38 @@ def test_positions_and_times_stay_float32_under_mixed_precision():
             "weight": {torch.bfloat16},
             "grad": {torch.float32},
         }
+
+
+def mixed(with_fsdp: bool, remat: str = "none") -> tuple[dict[str, torch.Tensor], float]:
+    """Gradients of one rank computing in bfloat16, accumulated over two micro-batches."""
+    model = build(1, dtype=torch.float32, remat=remat, param_dtype=None if with_fsdp else torch.bfloat16)
+    if with_fsdp:
+        blocks = [block for _, block in model.blocks()]
+        mesh = build_mesh(Parallelism(), 1, "cpu")
+        shard(model, blocks, mesh, param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    return gradients(model, [slice(0, 4), slice(4, 8)], torch.float32)
+
+
+@pytest.mark.distributed
+def test_one_rank_reads_bfloat16_as_fsdp_would_gather_it():
+    """Bit for bit, also with recomputation; but the gradients of `vec`, which every block reads, are summed
+    in another order, and that in bfloat16."""
+    (want,) = run_ranks(1, mixed, True)
+    for remat in ("none", "full"):
+        got = mixed(False, remat)
+        for name, gradient in want[0].items():
+            feeds_vec = name.startswith(("time_in", "vector_in", "guidance_in"))
+            error = (got[0][name] - gradient).abs().max() / gradient.abs().max()
+            assert error <= (0.02 if feeds_vec else 0.0), (name, error)
+
+
+def test_what_is_stored_stays_wide():
+    model = build(1, dtype=torch.float32, param_dtype=torch.bfloat16)
+    assert model.img_in.weight.dtype == torch.bfloat16
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert {p.dtype for p in model.state_dict().values()} == {torch.float32}
+    assert model.state_dict().keys() == Flux1Model(CONFIG).state_dict().keys()
+    assert isinstance(model.img_in, torch.nn.Linear)
 
 
 def test_blocks_of_a_kind_share_one_compiled_graph(monkeypatch, one_process):
@@ -227,6 +260,9 @@ def test_blocks_of_a_kind_share_one_compiled_graph(monkeypatch, one_process):
     )
     assert_same(gradients(build(1, compile=True), [slice(0, BATCH)]), one_process, 1e-11)
     assert counter.frame_count == 2, "one for double, one for single blocks"
+    narrow = build(1, compile=True, dtype=torch.float32, param_dtype=torch.bfloat16)
+    gradients(narrow, [slice(0, BATCH)], torch.float32)
+    assert counter.frame_count == 4, "the same where weights are cast as they are read"
 
 
 def test_a_mesh_that_does_not_fit_is_refused():
