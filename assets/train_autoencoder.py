@@ -10,7 +10,8 @@ tolerates latents that a diffusion model gets slightly wrong.
 
 The schedule follows the clock, so that the run ends when it says. Every few minutes the averaged weights are
 rounded to bf16, evaluated on the held-out pictures and written with their config, and the training state is
-saved: the same command goes on from there. `--weights` starts a new run from written weights.
+saved: the same command goes on from there. `--weights` starts a new run from written weights; with
+`--decoder-only` the encoder, and so every latent and all that was trained on them, stays as it is.
 """
 
 import argparse
@@ -28,6 +29,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from flux_trainer.models.autoencoder import AutoEncoder, AutoEncoderConfig, Downsample, ResnetBlock, Upsample
+from flux_trainer.models.load_autoencoder import read_config
 
 ASSETS = Path(__file__).parent
 CONFIG = AutoEncoderConfig(
@@ -114,7 +116,7 @@ def build_optimizers(
 
     Also returns the pairs (weight, matrix): the matrix shares the weight's memory, and needs its gradient.
     """
-    parameters = list(model.parameters())
+    parameters = [p for p in model.parameters() if p.requires_grad]
     wide = [p for p in parameters if p.ndim == 4 and min(p.shape[:2]) >= 16]
     others = [p for p in parameters if not any(p is w for w in wide)]
     matrices = [nn.Parameter(p.detach().flatten(1)) for p in wide]
@@ -160,13 +162,22 @@ def measure_latents(model: AutoEncoder, pictures: Tensor) -> Tensor:
     return torch.cat(samples)
 
 
-def export(weights: dict[str, Tensor], train: Tensor, held_out: dict[int, Tensor], out: Path) -> str:
-    """Write `weights` in bf16 with the config that normalises the latents; return the measured figures."""
+def export(
+    weights: dict[str, Tensor],
+    train: Tensor,
+    held_out: dict[int, Tensor],
+    out: Path,
+    config: AutoEncoderConfig | None = None,
+) -> str:
+    """Write `weights` in bf16 with a config; return the measured figures.
+
+    Without `config` the one written normalises the latents of the pictures `train`.
+    """
     rounded = {name: weight.to(torch.bfloat16) for name, weight in weights.items()}
     model = AutoEncoder(CONFIG)
     model.load_state_dict({name: weight.float() for name, weight in rounded.items()})
     z = measure_latents(model, train)
-    config = replace(
+    config = config or replace(
         CONFIG, scale_factor=round(1 / z.std().item(), 4), shift_factor=round(z.mean().item(), 4)
     )
     model.config = config
@@ -192,11 +203,14 @@ def main() -> None:
     parser.add_argument(
         "--weights", type=Path, help="start from this ae.safetensors instead of random weights"
     )
+    parser.add_argument("--decoder-only", action="store_true", help="leave the encoder of --weights as it is")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=ASSETS / "autoencoder")
     parser.add_argument("--state", type=Path, default=Path("outputs/autoencoder/state.pt"))
     args = parser.parse_args()
+    if args.decoder_only and not args.weights:
+        parser.error("--decoder-only needs --weights: whose encoder would it leave as it is?")
 
     torch.manual_seed(args.seed)
     torch.set_num_threads(args.threads)
@@ -205,6 +219,8 @@ def main() -> None:
     initialise(model)
     if args.weights:
         model.load_state_dict({name: weight.float() for name, weight in load_file(args.weights).items()})
+    model.encoder.requires_grad_(not args.decoder_only)
+    config = read_config(args.weights)[0] if args.decoder_only else None
     average = {name: weight.detach().clone() for name, weight in model.state_dict().items()}
     optimizers, matrices = build_optimizers(model, args.lr)
     step, minutes = 0, 0.0
@@ -220,7 +236,7 @@ def main() -> None:
     print(f"{parameters:,} parameters, {len(batches.small)} training pictures", flush=True)
 
     def save(train: Tensor) -> None:
-        print(" ", export(average, train, held_out, args.out), flush=True)
+        print(" ", export(average, train, held_out, args.out, config), flush=True)
         args.state.parent.mkdir(parents=True, exist_ok=True)
         state = {"model": model.state_dict(), "optimizers": [o.state_dict() for o in optimizers]}
         torch.save({**state, "average": average, "step": step, "minutes": minutes}, args.state)

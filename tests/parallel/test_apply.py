@@ -1,5 +1,8 @@
 """A parallel model computes what the plain one does: gradients in float64 against one process."""
 
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 import torch
 from helpers.ranks import run_ranks
@@ -36,6 +39,7 @@ BATCH = 8
 def build(
     world_size: int,
     *,
+    config=CONFIG,
     replicate: int = 1,
     dtype=torch.float64,
     reshard="default",
@@ -47,7 +51,7 @@ def build(
     """A model with random values in every parameter, on this process's mesh."""
     torch.set_default_dtype(dtype)
     with torch.device("meta"):
-        model = Flux1Model(CONFIG)
+        model = Flux1Model(config)
     torch.set_default_dtype(torch.float32)
     parallelism = Parallelism(data_parallel_replicate_degree=replicate, fsdp_reshard_after_forward=reshard)
     parallelize(
@@ -155,6 +159,30 @@ def test_checkpointing_recomputes_and_changes_no_bit(remat, one_process):
     # blocks 0 and 2 of the three are recomputed with option 2; the hook sits in block 2
     assert len(calls) == 2, "the forward is run again in backward"
     assert all(torch.equal(got[0][k], v) for k, v in one_process[0].items())
+
+
+def peak_while_building() -> tuple[int, int]:
+    """By how many bytes this process's resident memory rose at most, and the size of its shard."""
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    before = resident("VmHWM")
+    large = replace(CONFIG, hidden_size=1024, axes_dim=(128, 192, 192))
+    model = build(torch.distributed.get_world_size(), config=large, dtype=torch.float32)
+    return resident("VmHWM") - before, sum(p.to_local().numel() * 4 for p in model.parameters())
+
+
+def resident(field: str) -> int:
+    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if field in line)
+    return int(line.split()[1]) * 1024
+
+
+@pytest.mark.distributed
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads Linux's /proc")
+def test_no_rank_ever_holds_the_whole_model():
+    """From the meta device to initial weights; a whole copy would be four times the shard. What else is
+    taken (code that is loaded, the generator's buffers) does not grow with the model."""
+    for rise, shard_bytes in run_ranks(4, peak_while_building):
+        assert shard_bytes > 60 << 20
+        assert rise < 2 * shard_bytes
 
 
 def weights(world_size: int, replicate: int = 1) -> dict[str, torch.Tensor]:

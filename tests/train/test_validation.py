@@ -6,6 +6,8 @@ from helpers.ranks import run_ranks
 from helpers.tiny_run import TinyTrainer, tiny_config, train
 from PIL import Image
 
+from flux_trainer.data.bad import DataError
+
 VALIDATION = [
     "--validation.enable",
     "--validation.freq=3",
@@ -87,3 +89,14 @@ def test_the_loss_is_the_mean_over_samples_times_and_elements(tmp_path):
                 v = trainer.predict(interpolate(x_0, noise, t), t, text.txt, text.vec)
             errors.append((v - velocity(x_0, noise)).square().mean().item())
     assert got == pytest.approx(sum(errors) / len(errors), rel=1e-12)
+
+
+def test_without_one_usable_sample_it_says_so(tmp_path):
+    folder = tmp_path / "held_out"
+    folder.mkdir()
+    (folder / "broken.png").write_bytes(b"no picture")
+    (folder / "broken.txt").write_text("a caption")
+    source = ["--validation.sources.0.type=folder", f"--validation.sources.0.path={folder}"]
+    with pytest.raises(DataError, match=r"Not one validation sample .*bad_samples\.jsonl says why"):
+        TinyTrainer(tiny_config(tmp_path, "--validation.enable", *source)).measure("")
+    assert "broken.png" in (tmp_path / "run/bad_samples.jsonl").read_text()
