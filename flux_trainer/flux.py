@@ -98,9 +98,9 @@ class FluxTrainer(Trainer):
         )
 
     def shard_encoder(self, encoder: nn.Module, blocks: list[nn.Module]) -> None:
-        """T5-XXL is as large as a third of FLUX: share it among all ranks."""
-        if self.world.size > 1:
-            shard(encoder, blocks, self.mesh)
+        """T5-XXL is as large as a third of FLUX: share it among the ranks that share one copy of FLUX."""
+        if self.mesh.model.size() > 1:
+            shard(encoder, blocks, self.mesh.model)
 
     def check_dimensions(self) -> None:
         """Raises ValueError if the encoders' features do not fit the transformer."""

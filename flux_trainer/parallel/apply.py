@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import torch
 from torch import nn
-from torch.distributed.device_mesh import DeviceMesh
 
 from flux_trainer.config.schema import ActivationCheckpoint, Compile, Parallelism
 from flux_trainer.parallel.cast import read_as
 from flux_trainer.parallel.compile import compile_blocks
 from flux_trainer.parallel.fsdp import shard
+from flux_trainer.parallel.mesh import Mesh
 from flux_trainer.parallel.remat import apply_checkpointing
 
 
 def parallelize(
     model: nn.Module,
     blocks: list[nn.Module],
-    mesh: DeviceMesh,
+    mesh: Mesh,
     *,
     parallelism: Parallelism,
     activation_checkpoint: ActivationCheckpoint,
@@ -33,14 +33,14 @@ def parallelize(
     """
     apply_checkpointing(blocks, activation_checkpoint)
     compile_blocks(blocks, compile)
-    if mesh.size() == 1:  # nothing to share: FSDP would only copy
+    if mesh.fsdp.size() == 1:  # nothing to share: FSDP would only copy
         if param_dtype != next(model.parameters()).dtype:
             read_as(model, param_dtype)
         return
     shard(
         model,
         blocks,
-        mesh,
+        mesh.fsdp,
         param_dtype=param_dtype,
         reduce_dtype=reduce_dtype,
         reshard_after_forward=parallelism.fsdp_reshard_after_forward != "never",

@@ -1,29 +1,111 @@
-"""The device mesh: how the world's ranks are divided among the kinds of parallelism.
+"""The mesh: how the world's ranks are divided among the kinds of parallelism.
 
-Dimensions, outermost first: `dp_replicate` (whole copies, present when there are several) and `dp_shard`.
+Rank numbers count through the dimensions pp, dp_replicate, dp_shard, cp, tp, the last one fastest: what
+talks most (tp, then cp) lies on neighbouring devices of one machine.
 """
 
 from __future__ import annotations
 
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from dataclasses import dataclass
+from math import prod
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
 
 from flux_trainer.config.schema import Parallelism
 
+DIMENSIONS = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
+DATA = ("dp_replicate", "dp_shard")  # ranks apart along these work on different samples
+SHARED = ("pp", "cp", "tp")  # along these, on the same
 
-def build_mesh(section: Parallelism, world_size: int, device_type: str) -> DeviceMesh:
-    """A named mesh over all ranks: 1-D for FSDP2, 2-D for HSDP.
+
+@dataclass(frozen=True)
+class Mesh:
+    """This rank's place, and the groups it belongs to; a group of one rank is None."""
+
+    sizes: dict[str, int]
+    """Ranks along each dimension."""
+    coordinates: dict[str, int]
+    """This rank's number along each dimension."""
+    fsdp: DeviceMesh
+    """Who shares the weights: dp_shard x cp as `fsdp`; 2-D with `dp_replicate` before it for HSDP."""
+    model: DeviceMesh
+    """1-D: the ranks that hold one whole copy of the weights together, all dimensions but dp_replicate."""
+    cp: dist.ProcessGroup | None
+    tp: dist.ProcessGroup | None
+    pp: dist.ProcessGroup | None
+    shared: dist.ProcessGroup | None
+    """The ranks that work on the same samples: pp x cp x tp."""
+
+    def rank(self, *dimensions: str) -> int:
+        """This rank's number in the group along `dimensions`."""
+        number = 0
+        for name in dimensions:
+            number = number * self.sizes[name] + self.coordinates[name]
+        return number
+
+    def size(self, *dimensions: str) -> int:
+        """Number of ranks in a group along `dimensions`."""
+        return prod(self.sizes[name] for name in dimensions)
+
+
+def build_mesh(section: Parallelism, world_size: int, device_type: str) -> Mesh:
+    """The mesh over all ranks.
 
     Raises:
         ValueError: the degrees do not multiply to `world_size`.
     """
-    replicate, shard = section.data_parallel_replicate_degree, section.data_parallel_shard_degree
-    if shard == -1:
-        shard = world_size // replicate
-    if replicate * shard != world_size:
-        raise ValueError(
-            f"{replicate} (data_parallel_replicate_degree) x {shard} (data_parallel_shard_degree) = "
-            f"{replicate * shard} ranks, but the world has {world_size}"
-        )
-    if replicate == 1:
-        return init_device_mesh(device_type, (shard,), mesh_dim_names=("dp_shard",))
-    return init_device_mesh(device_type, (replicate, shard), mesh_dim_names=("dp_replicate", "dp_shard"))
+    sizes = degrees(section, world_size)
+    ranks = torch.arange(world_size).view(*sizes.values())
+    place = (ranks == dist.get_rank()).nonzero()[0].tolist()
+    weights = DeviceMesh(  # [pp x tp, dp_replicate, dp_shard x cp]
+        device_type,
+        ranks.permute(0, 4, 1, 2, 3).flatten(3, 4).flatten(0, 1),
+        mesh_dim_names=("part", "dp_replicate", "fsdp"),
+    )
+    copies = DeviceMesh(device_type, ranks.movedim(1, 0).flatten(1), mesh_dim_names=("dp_replicate", "model"))
+    return Mesh(
+        sizes=sizes,
+        coordinates=dict(zip(DIMENSIONS, place, strict=True)),
+        fsdp=weights["dp_replicate", "fsdp"] if sizes["dp_replicate"] > 1 else weights["fsdp"],
+        model=copies["model"],
+        cp=_group(ranks, "cp"),
+        tp=_group(ranks, "tp"),
+        pp=_group(ranks, "pp"),
+        shared=_group(ranks, *SHARED),
+    )
+
+
+def degrees(section: Parallelism, world_size: int) -> dict[str, int]:
+    """Ranks along each dimension. Raises ValueError if they do not multiply to `world_size`."""
+    sizes = {
+        "pp": section.pipeline_parallel_degree,
+        "dp_replicate": section.data_parallel_replicate_degree,
+        "dp_shard": section.data_parallel_shard_degree,
+        "cp": section.context_parallel_degree,
+        "tp": section.tensor_parallel_degree,
+    }
+    if sizes["dp_shard"] == -1:
+        sizes["dp_shard"] = max(1, world_size // prod(n for n in sizes.values() if n != -1))
+    if prod(sizes.values()) != world_size:
+        product = " x ".join(f"{name} {n}" for name, n in sizes.items())
+        raise ValueError(f"{product} = {prod(sizes.values())} ranks, but the world has {world_size}")
+    return sizes
+
+
+def _group(ranks: torch.Tensor, *dimensions: str) -> dist.ProcessGroup | None:
+    """This rank's group along `dimensions`, in mesh order; every rank makes all such groups."""
+    inner = [DIMENSIONS.index(name) for name in dimensions]
+    outer = [i for i in range(ranks.ndim) if i not in inner]
+    rows = ranks.permute(*outer, *inner).reshape(-1, prod(ranks.shape[i] for i in inner))
+    if rows.shape[1] == 1:
+        return None
+    if rows.shape[0] == 1 and rows[0].equal(torch.arange(rows.shape[1])):
+        return dist.group.WORLD
+    mine = None
+    for row in rows.tolist():
+        group = dist.new_group(row, use_local_synchronization=False)
+        if dist.get_rank() in row:
+            mine = group
+    return mine

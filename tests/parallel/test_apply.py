@@ -72,8 +72,8 @@ def build(
 class One:
     """Stands for the mesh of a single process without a process group."""
 
-    def size(self) -> int:
-        return 1
+    class fsdp:
+        size = staticmethod(lambda: 1)
 
 
 def samples(dtype=torch.float64) -> dict[str, torch.Tensor]:
@@ -250,7 +250,7 @@ def mixed(with_fsdp: bool, remat: str = "none") -> tuple[dict[str, torch.Tensor]
     model = build(1, dtype=torch.float32, remat=remat, param_dtype=None if with_fsdp else torch.bfloat16)
     if with_fsdp:
         blocks = [block for _, block in model.blocks()]
-        mesh = build_mesh(Parallelism(), 1, "cpu")
+        mesh = build_mesh(Parallelism(), 1, "cpu").fsdp
         shard(model, blocks, mesh, param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     return gradients(model, [slice(0, 4), slice(4, 8)], torch.float32)
 
@@ -294,7 +294,7 @@ def test_blocks_of_a_kind_share_one_compiled_graph(monkeypatch, one_process):
 
 
 def test_a_mesh_that_does_not_fit_is_refused():
-    with pytest.raises(ValueError, match=r"3 .* x 1 .* = 3 ranks, but the world has 4"):
+    with pytest.raises(ValueError, match=r"dp_replicate 3 x dp_shard 1 .* = 3 ranks, but the world has 4"):
         build_mesh(Parallelism(data_parallel_replicate_degree=3), 4, "cpu")
 
 

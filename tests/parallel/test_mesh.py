@@ -1,0 +1,97 @@
+"""Who works with whom on a mesh, against a brute-force listing of coordinates."""
+
+from itertools import product
+from math import prod
+
+import pytest
+import torch.distributed as dist
+from helpers.ranks import run_ranks
+
+from flux_trainer.config.schema import Parallelism
+from flux_trainer.parallel.mesh import DIMENSIONS, build_mesh, degrees
+
+SIZES = {"pp": 2, "dp_replicate": 1, "dp_shard": 2, "cp": 1, "tp": 2}
+
+
+def section(sizes: dict[str, int]) -> Parallelism:
+    return Parallelism(
+        pipeline_parallel_degree=sizes["pp"],
+        data_parallel_replicate_degree=sizes["dp_replicate"],
+        data_parallel_shard_degree=sizes["dp_shard"],
+        context_parallel_degree=sizes["cp"],
+        tensor_parallel_degree=sizes["tp"],
+    )
+
+
+def groups(sizes: dict[str, int]) -> dict:
+    """This rank's coordinates, and the members of its groups."""
+    mesh = build_mesh(section(sizes), dist.get_world_size(), "cpu")
+    members = {name: getattr(mesh, name) for name in ("cp", "tp", "pp", "shared")}
+    members |= {"fsdp": mesh.fsdp.get_group("fsdp"), "model": mesh.model.get_group()}
+    found = {k: g and dist.get_process_group_ranks(g) for k, g in members.items()}
+    return found | {
+        "place": mesh.coordinates,
+        "data": (mesh.rank("dp_replicate", "dp_shard"), mesh.size("dp_replicate", "dp_shard")),
+        "position": (mesh.rank("pp", "cp", "tp"), mesh.size("pp", "cp", "tp")),
+    }
+
+
+ALONG = {
+    "cp": ("cp",),
+    "tp": ("tp",),
+    "pp": ("pp",),
+    "shared": ("pp", "cp", "tp"),
+    "fsdp": ("dp_shard", "cp"),
+    "model": ("pp", "dp_shard", "cp", "tp"),
+}
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"pp": 1, "dp_replicate": 2},
+        {"pp": 1, "cp": 2},
+        {"tp": 1, "cp": 2},
+        {"pp": 1, "dp_shard": 1, "cp": 3},
+    ],
+    ids=str,
+)
+def test_each_group_is_what_differs_along_its_dimensions_alone(changes):
+    sizes = SIZES | changes
+    places = [dict(zip(DIMENSIONS, p, strict=True)) for p in product(*(range(n) for n in sizes.values()))]
+    for rank, found in enumerate(run_ranks(prod(sizes.values()), groups, sizes)):
+        here = places[rank]
+        assert found["place"] == here
+        for name, along in ALONG.items():
+            same = [
+                i for i, p in enumerate(places) if all(p[d] == here[d] for d in DIMENSIONS if d not in along)
+            ]
+            assert (found[name] or [rank]) == same, name
+        assert found["data"] == (
+            here["dp_replicate"] * sizes["dp_shard"] + here["dp_shard"],
+            sizes["dp_replicate"] * sizes["dp_shard"],
+        )
+        assert len(found["shared"] or [0]) == found["position"][1]
+        assert (found["shared"] or [rank])[found["position"][0]] == rank
+
+
+def test_the_rest_of_the_ranks_shards():
+    assert degrees(Parallelism(context_parallel_degree=2, tensor_parallel_degree=3), 24)["dp_shard"] == 4
+
+
+@pytest.mark.parametrize(
+    ("sizes", "world", "arithmetic"),
+    [
+        (
+            {"tp": 3, "dp_shard": 2, "pp": 1},
+            8,
+            "pp 1 x dp_replicate 1 x dp_shard 2 x cp 1 x tp 3 = 6 ranks, ",
+        ),
+        ({"tp": 16, "dp_shard": -1, "pp": 1}, 8, "dp_shard 1 x cp 1 x tp 16 = 16 ranks, but the world has 8"),
+    ],
+)
+def test_a_mesh_that_does_not_fit_is_refused_with_the_arithmetic(sizes, world, arithmetic):
+    with pytest.raises(ValueError, match=arithmetic):
+        degrees(section(SIZES | sizes), world)
