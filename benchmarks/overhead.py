@@ -32,7 +32,7 @@ class OneBatch(FluxTrainer):
     ready: MicroBatch
 
     def micro_batches(self, batch: Batch) -> list[MicroBatch]:
-        return [self.ready]
+        return [self.ready] if hasattr(self, "ready") else super().micro_batches(batch)
 
 
 def main() -> None:
@@ -57,7 +57,7 @@ def main() -> None:
         )
         with closing(trainer.build_loader(0)) as loader:
             batch = next(loader)
-        trainer.ready = trainer.prepare(batch, slice(0, 1))
+        (trainer.ready,) = trainer.micro_batches(batch)
         other = bare_model(trainer)
         optimizer = torch.optim.AdamW(other.parameters(), lr=1e-4, betas=(0.9, 0.95), fused=True)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,7 +20,7 @@ from flux_trainer.config.schema import JobConfig, Validation
 from flux_trainer.data.loader import TrainLoader, ValidationLoader
 from flux_trainer.data.sampler import open_mixture
 from flux_trainer.data.samples import Batch, TrainSamples, ValidationSamples
-from flux_trainer.encoders.bundle import Encoders
+from flux_trainer.encoders.bundle import Encoded, Encoders
 from flux_trainer.flow import rng
 from flux_trainer.flow.latents import image_ids, pack, text_ids, unpack
 from flux_trainer.flow.loss import flow_loss
@@ -33,6 +34,8 @@ from flux_trainer.models.flops import train_flops_per_sample
 from flux_trainer.models.init import Distribution
 from flux_trainer.parallel.compile import compile_loss
 from flux_trainer.parallel.fsdp import reshard, shard
+from flux_trainer.parallel.mesh import DATA, SHARED
+from flux_trainer.runtime.dist import all_gather_rows
 from flux_trainer.runtime.log import logger
 from flux_trainer.trainer import Trainer
 from flux_trainer.validate import draw_pictures, validation_loss
@@ -92,8 +95,10 @@ class FluxTrainer(Trainer):
             tokenize=self.encoders.text.tokenizers.tokenize,
             start_draw=start_draw,
             global_batch_size=self.global_batch_size,
-            rank=self.world.rank,
-            world_size=self.world.size,
+            rank=self.mesh.rank(*DATA),
+            world_size=self.mesh.size(*DATA),
+            shared_rank=self.mesh.rank(*SHARED),
+            shared_size=self.mesh.size(*SHARED),
             pin_memory=self.device.type == "cuda",
         )
 
@@ -122,27 +127,47 @@ class FluxTrainer(Trainer):
     def tokens_per_sample(self) -> int:
         return self.image_tokens + self.config.encoder.max_t5_encoding_len
 
-    def micro_batches(self, batch: Batch) -> list[MicroBatch]:
-        """Encode a rank's share of the global batch, local_batch_size samples at a time, and add noise."""
-        size = self.config.training.local_batch_size
-        return [self.prepare(batch, slice(i, i + size)) for i in range(0, len(batch.draws), size)]
+    def encode(self, batch: Batch, batch_size: int, sample: bool = False) -> tuple[Tensor, Tensor, Encoded]:
+        """Encode this rank's rows, `batch_size` at a time, and exchange them with the ranks that share them.
 
-    def prepare(self, batch: Batch, part: slice) -> MicroBatch:
-        config, seed = self.config, self.config.debug.seed
-        draws = batch.draws[part].to(self.device, non_blocking=True)  # [B]
-        sample = None
-        if config.encoder.autoencoder_sample:
-            sample = rng.normal(seed, Purpose.LATENT, draws, self.latent_shape, self.encoders.dtype)
-        encoded = self.encoders.encode(
-            batch.images[part],
-            {name: ids[part] for name, ids in batch.tokens.items()},
-            batch.drop_t5[part],
-            batch.drop_clip[part],
-            sample,
-        )
+        Returns:
+            draws int64 [n], valid bool [n] and the n encoded samples, the same on all ranks of a group that
+            works on the same samples, in their order. `sample`: latents from the posterior, not its mean.
+        """
+        draws = batch.draws.to(self.device, non_blocking=True)
+        parts = []
+        for start in range(0, len(draws), batch_size):
+            part = slice(start, start + batch_size)
+            noise = None
+            if sample:
+                seed, shape = self.config.debug.seed, self.latent_shape
+                noise = rng.normal(seed, Purpose.LATENT, draws[part], shape, self.encoders.dtype)
+            parts.append(
+                self.encoders.encode(
+                    batch.images[part],
+                    {name: ids[part] for name, ids in batch.tokens.items()},
+                    batch.drop_t5[part],
+                    batch.drop_clip[part],
+                    noise,
+                )
+            )
+        share = partial(all_gather_rows, group=self.mesh.shared)
+        valid = batch.valid.to(self.device, non_blocking=True)
+        return share(draws), share(valid), Encoded.cat(parts).map(share)
+
+    def micro_batches(self, batch: Batch) -> list[MicroBatch]:
+        """Encode the samples of this rank's group, and cut them, with noise, into local batches."""
+        size = self.config.training.local_batch_size
+        draws, _, encoded = self.encode(batch, size, self.config.encoder.autoencoder_sample)
+        count = self.global_batch_size // self.mesh.size(*DATA)  # what follows only fills up
+        parts = (slice(start, start + size) for start in range(0, count, size))
+        return [self.prepare(draws[part], encoded.rows(part)) for part in parts]
+
+    def prepare(self, draws: Tensor, encoded: Encoded) -> MicroBatch:
+        """Noise for B encoded samples with the given draws [B]."""
+        seed, flow = self.config.debug.seed, self.config.flow
         x_0 = encoded.latents.to(self.wide)  # [B, 16, H/8, W/8]
         noise = rng.normal(seed, Purpose.NOISE, draws, self.latent_shape, self.wide)
-        flow = config.flow
         t = sample_timesteps(
             seed,
             draws,
@@ -182,7 +207,8 @@ class FluxTrainer(Trainer):
     def loss(self, micro_batch: MicroBatch) -> Tensor:
         b = micro_batch
         v = self.predict(b.x_t, b.t, b.txt, b.vec)
-        return self.flow_loss(v, b.target, b.weight, self.global_batch_size)
+        elements = b.target[0].numel()
+        return self.flow_loss(v, b.target, b.weight, self.global_batch_size, elements)
 
     # Validation.
 
@@ -226,11 +252,13 @@ class FluxTrainer(Trainer):
         if self.held_out:
             losses = validation_loss(
                 self.held_out,
-                self.encoders,
+                partial(self.encode, batch_size=section.local_batch_size),
                 self.predict,
+                batch_size=section.local_batch_size,
                 timesteps=section.timesteps,
                 seed=seed,
                 world=self.world,
+                counts=self.mesh.rank(*SHARED) == 0,
                 dtype=self.wide,
                 bad_samples=self.bad_samples,
             )
@@ -255,6 +283,9 @@ class FluxTrainer(Trainer):
                 batch_size=section.local_batch_size,
                 seed=seed,
                 world=self.world,
+                group=self.mesh.rank(*DATA),
+                groups=self.mesh.size(*DATA),
+                counts=self.mesh.rank(*SHARED) == 0,
                 dtype=self.wide,
             )
             if self.world.rank == 0:

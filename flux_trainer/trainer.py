@@ -38,7 +38,7 @@ from flux_trainer.optim.schedule import lr_factor
 from flux_trainer.parallel.apply import parallelize
 from flux_trainer.parallel.fsdp import defer_all_reduce, reshard
 from flux_trainer.parallel.init import init_weights
-from flux_trainer.parallel.mesh import build_mesh
+from flux_trainer.parallel.mesh import DATA, build_mesh
 from flux_trainer.runtime.dist import init_distributed, set_deterministic
 from flux_trainer.runtime.files import write_text
 from flux_trainer.runtime.log import logger
@@ -69,7 +69,7 @@ class Trainer(ABC):
         self.compute_dtype: torch.dtype = getattr(torch, training.mixed_precision_param)
         self.global_batch_size = training.global_batch_size
         if self.global_batch_size == -1:
-            self.global_batch_size = training.local_batch_size * self.world.size
+            self.global_batch_size = training.local_batch_size * self.mesh.size(*DATA)
 
         # The model: on the meta device, then sharded, and only then given memory.
         with torch.device("meta"), default_dtype(getattr(torch, training.dtype)):

@@ -5,6 +5,7 @@ Each check yields (key, sentence); the sentence goes on after "KEY = VALUE" and 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -53,32 +54,48 @@ def _line(config: JobConfig, finding: Finding, origins: Mapping[str, str]) -> st
     return f"{origin_of(key, origins)}: {key}{text} {sentence}"
 
 
+def _sharing(config: JobConfig) -> int:
+    """Ranks that work on the same samples."""
+    section = config.parallelism
+    return section.tensor_parallel_degree * section.context_parallel_degree * section.pipeline_parallel_degree
+
+
 def _parallelism(config: JobConfig, world_size: int | None) -> Iterator[Finding]:
     section = config.parallelism
+    replicate, shard = section.data_parallel_replicate_degree, section.data_parallel_shard_degree
     for kind in ("tensor", "pipeline", "context"):
         if getattr(section, f"{kind}_parallel_degree") > 1:
             yield (
                 f"parallelism.{kind}_parallel_degree",
                 f"is not possible: there is no {kind} parallelism in this version",
             )
-    replicate, shard = section.data_parallel_replicate_degree, section.data_parallel_shard_degree
     if shard < 1 and shard != -1:
         yield (
             "parallelism.data_parallel_shard_degree",
             "is out of range; expected an integer >= 1, or -1 for all ranks that remain",
         )
-    elif world_size is None:
         return
-    elif shard == -1 and world_size % replicate:
+    if world_size is None:
+        return
+    degrees = {"data_parallel_replicate_degree": replicate} | {
+        f"{kind}_parallel_degree": getattr(section, f"{kind}_parallel_degree")
+        for kind in ("tensor", "context", "pipeline")
+    }
+    factors = [f"{name} {n}" for name, n in degrees.items() if n > 1]
+    product = math.prod(degrees.values())
+    if shard == -1 and world_size % product:
+        key, possible = max(degrees, key=lambda name: degrees[name]), f"; possible: {_divisors(world_size)}"
+        others = [factor for factor in factors if not factor.startswith(key)]
+        arithmetic = f"x {' x '.join(others)} = {product}, which " if others else ""
         yield (
-            "parallelism.data_parallel_replicate_degree",
-            f"does not divide the {world_size} ranks of this run; possible: {_divisors(world_size)}",
+            f"parallelism.{key}",
+            f"{arithmetic}does not divide the {world_size} ranks of this run{'' if others else possible}",
         )
-    elif shard != -1 and replicate * shard != world_size:
+    elif shard != -1 and product * shard != world_size:
+        times = f"x {' x '.join(factors)} " if factors else ""
         yield (
             "parallelism.data_parallel_shard_degree",
-            f"x data_parallel_replicate_degree {replicate} = {replicate * shard} ranks, "
-            f"but this run has {world_size}; -1 takes all that remain",
+            f"{times}= {product * shard} ranks, but this run has {world_size}; -1 takes all that remain",
         )
 
 
@@ -96,9 +113,11 @@ def _batch(config: JobConfig, world_size: int | None) -> Iterator[Finding]:
             "is out of range; expected an integer >= 1, or -1 for one local batch per rank",
         )
         return
-    unit = local * (world_size or 1)
+    shared = _sharing(config)
+    groups = (world_size or shared) // shared  # of ranks that work on the same samples
+    unit = local * max(1, groups)
     if total % unit:
-        ranks = f" x {world_size} ranks = {unit}" if world_size else ""
+        ranks = f" x {groups} {'ranks' if shared == 1 else 'groups of ranks'} = {unit}" if world_size else ""
         near = " or ".join(str(n) for n in (total // unit * unit, (total // unit + 1) * unit) if n)
         yield (
             "training.global_batch_size",

@@ -2,6 +2,7 @@
 
 The order of samples is a function of the draw (sampler.py), so a loader is started at a draw and has no state
 but the draw it has reached. Of every global batch of G = R * n draws, rank r of R gets [r * n, (r + 1) * n).
+Where S ranks work on the same n samples, each of them loads a part, all parts of ceil(n / S) samples.
 """
 
 from __future__ import annotations
@@ -129,6 +130,11 @@ def ignore_stop_signals(worker: int) -> None:
 class TrainLoader:
     """This rank's batches, one for each optimizer step, without end. Close it after use.
 
+    Args:
+        rank: number of the group of ranks that work on the same samples, among `world_size` such groups.
+        shared_rank: number of this rank in its group of `shared_size`. Where the group's samples do not
+            divide, its last sample fills up the parts of its last ranks.
+
     `next_draw`: the first draw of the next global batch, all that a checkpoint needs.
     `wait_seconds`: how long the last batch kept the caller waiting.
     """
@@ -142,21 +148,26 @@ class TrainLoader:
         global_batch_size: int,
         rank: int,
         world_size: int,
+        shared_rank: int = 0,
+        shared_size: int = 1,
         pin_memory: bool = False,
         tokenize: Tokenize | None = None,
     ) -> None:
         if global_batch_size % world_size:
             raise ValueError(
-                f"training.global_batch_size = {global_batch_size} is no multiple of the {world_size} ranks."
+                f"training.global_batch_size = {global_batch_size} is no multiple of the {world_size} ranks "
+                "(or groups of ranks that share samples)."
             )
         n = global_batch_size // world_size
-        firsts = count(start_draw + rank * n, global_batch_size)
+        part = -(-n // shared_size)
+        mine = [rank * n + min(i, n - 1) for i in range(shared_rank * part, (shared_rank + 1) * part)]
+        starts = count(start_draw, global_batch_size)
         self.global_batch_size = global_batch_size
         self.next_draw = start_draw
         self.wait_seconds = 0.0
         self._workers = Workers(
             samples,
-            (range(first, first + n) for first in firsts),
+            ([start + i for i in mine] for start in starts),
             num_workers=section.num_workers,
             prefetch_factor=section.prefetch_factor,
             pin_memory=pin_memory,

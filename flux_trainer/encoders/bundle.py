@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,6 +23,22 @@ class Encoded:
     """[B, L, C]: T5's features."""
     vec: Tensor
     """[B, D]: CLIP's pooled features."""
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Encoded:
+        """The same record with `change` applied to every tensor."""
+        return Encoded(change(self.latents), change(self.txt), change(self.vec))
+
+    def rows(self, part: slice) -> Encoded:
+        """Some of the samples."""
+        return self.map(lambda x: x[part])
+
+    @classmethod
+    def cat(cls, parts: Sequence[Encoded]) -> Encoded:
+        """The samples of several records one after another."""
+        if len(parts) == 1:
+            return parts[0]
+        columns = zip(*((p.latents, p.txt, p.vec) for p in parts), strict=True)
+        return cls(*(torch.cat(column) for column in columns))
 
 
 class Encoders:

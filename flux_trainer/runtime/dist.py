@@ -15,11 +15,14 @@ from typing import TypeVar
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 T = TypeVar("T")
 
 # Public from torch 2.15 on.
 _set_timeout = getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout
+# Its name from torch 2.13 on, and the one before.
+_all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 # A rank may write its share of a checkpoint for long while the others wait. A dead peer is noticed at once
 # whatever this says (its connection closes); only a hung one is waited for.
@@ -120,6 +123,18 @@ def all_gather(value: T, group: dist.ProcessGroup | None) -> list[T]:
     with peers_alive("gathering"):
         dist.all_gather_object(values, value, group=group)
     return values
+
+
+def all_gather_rows(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """The rows x [n, ...] of all ranks of `group`, in rank order: [ranks * n, ...]. No group: x itself.
+
+    Every rank must give as many rows; no gradient flows.
+    """
+    if group is None:
+        return x
+    whole = x.new_empty(dist.get_world_size(group) * x.shape[0], *x.shape[1:])
+    _all_gather_single(whole, x.contiguous(), group=group)
+    return whole
 
 
 @contextmanager

@@ -40,10 +40,12 @@ def test_loss_of_any_split_adds_up(sizes, weighted):
     )
     parts = [p.requires_grad_() for p in pred.clone().split(sizes)]
     weights = [None] * len(sizes) if weight is None else weight.split(sizes)
-    total = sum(flow_loss(p, t, w, 6) for p, t, w in zip(parts, target.split(sizes), weights, strict=True))
+    total = sum(
+        flow_loss(p, t, w, 6, 15) for p, t, w in zip(parts, target.split(sizes), weights, strict=True)
+    )
     torch.testing.assert_close(total, reference, atol=1e-14, rtol=0)
     whole = pred.clone().requires_grad_()
-    flow_loss(whole, target, weight, 6).backward()
+    flow_loss(whole, target, weight, 6, 15).backward()
     for part, expected in zip(parts, whole.grad.split(sizes), strict=True):
         (gradient,) = torch.autograd.grad(total, part, retain_graph=True)
         torch.testing.assert_close(gradient, expected, atol=1e-15, rtol=0)
@@ -52,10 +54,17 @@ def test_loss_of_any_split_adds_up(sizes, weighted):
 def test_loss_counts_samples_of_any_size_alike():
     small, large = torch.full((1, 4), 2.0), torch.full((1, 400), 2.0)
     zero = torch.zeros(1, 1)
-    assert (
-        flow_loss(small, zero.expand(1, 4), None, 2) == flow_loss(large, zero.expand(1, 400), None, 2) == 2.0
-    )
+    assert flow_loss(small, zero.expand(1, 4), None, 2, 4) == 2.0
+    assert flow_loss(large, zero.expand(1, 400), None, 2, 400) == 2.0
+
+
+def test_loss_of_parts_of_samples_adds_up():
+    """As ranks under context parallelism hold them: 2 and 3 of 5 tokens."""
+    pred, target = torch.randn(2, 4, 5, 3, dtype=torch.float64)
+    parts = zip(pred.split((2, 3), dim=1), target.split((2, 3), dim=1), strict=True)
+    total = sum(flow_loss(p, t, None, 4, 15) for p, t in parts)
+    torch.testing.assert_close(total, flow_loss(pred, target, None, 4, 15), atol=1e-15, rtol=0)
 
 
 def test_loss_is_at_least_float32():
-    assert flow_loss(torch.ones(2, 3).bfloat16(), torch.zeros(2, 3), None, 2).dtype == torch.float32
+    assert flow_loss(torch.ones(2, 3).bfloat16(), torch.zeros(2, 3), None, 2, 3).dtype == torch.float32
