@@ -53,18 +53,23 @@ class MLPEmbedder(nn.Module):
         return self.out_layer(F.silu(self.in_layer(x)))
 
 
-class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * scale over the last dimension.
+def rms_norm(x: Tensor, scale: Tensor) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) * scale over the last dimension (Zhang and Sennrich, 2019).
 
     Statistics in float32 or wider; rounded to the dtype of x before the multiplication with scale.
     """
+    return F.rms_norm(x, x.shape[-1:], eps=NORM_EPS) * scale
+
+
+class RMSNorm(nn.Module):
+    """`rms_norm` with a scale that is learned."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
         self.scale = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, x.shape[-1:], eps=NORM_EPS) * self.scale
+        return rms_norm(x, self.scale)
 
 
 class QKNorm(nn.Module):

@@ -1,4 +1,4 @@
-"""From-scratch weights, filled shard by shard: no rank ever holds a tensor that it does not keep."""
+"""From-scratch weights, filled box by box: no rank ever holds a tensor that it does not keep."""
 
 from __future__ import annotations
 
@@ -6,32 +6,47 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from flux_trainer.models.init import Distribution, initial_values
+from flux_trainer.runtime.layout import Layout, boxes, local, native_shape
 
-
-def _local(parameter: Tensor) -> tuple[Tensor, int]:
-    """This rank's part, and the flat position of its first element in the whole.
-
-    The part is contiguous in the whole, because only dimension 0 is sharded.
-    """
-    if not isinstance(parameter, DTensor):
-        return parameter, 0
-    shape, offset = compute_local_shape_and_global_offset(
-        parameter.shape, parameter.device_mesh, parameter.placements
-    )
-    assert tuple(shape[1:]) == tuple(parameter.shape[1:]), "only the first dimension is sharded"
-    return parameter.to_local(), offset[0] * parameter.shape[1:].numel()
+CHUNK = 1 << 20  # elements computed at once, about
 
 
 @torch.no_grad()
-def init_weights(model: nn.Module, distributions: Mapping[str, Distribution], seed: int) -> None:
-    """Fill every parameter of `model` in place from its distribution, by native name."""
+def init_weights(
+    model: nn.Module,
+    distributions: Mapping[str, Distribution],
+    seed: int,
+    layouts: Mapping[str, Layout] | None = None,
+) -> None:
+    """Fill every parameter of `model` in place from its distribution, by native name.
+
+    layouts: of the parameters that tensor parallelism shares out.
+    """
     for name, parameter in model.named_parameters():
-        local, start = _local(parameter)
+        layout = (layouts or {}).get(name)
+        shape = native_shape(parameter, layout)
+        for box in boxes(parameter, layout):
+            _fill(box.of(local(parameter)), box.offsets, distributions[name], name, shape, seed)
+
+
+def _fill(
+    part: Tensor,
+    offsets: tuple[int, ...],
+    distribution: Distribution,
+    name: str,
+    shape: torch.Size,
+    seed: int,
+) -> None:
+    """Fill `part`, which lies at `offsets` in the native tensor: some whole rows at a time, cut to size."""
+    row = shape[1:].numel()
+    step = max(1, CHUNK // row)
+    for target, first in zip(part.split(step), range(offsets[0], offsets[0] + len(part), step), strict=True):
         values = initial_values(
-            distributions[name], name, parameter.shape, seed, start, local.numel(), local.device, local.dtype
+            distribution, name, shape, seed, first * row, len(target) * row, part.device, part.dtype
         )
-        local.copy_(values.view(local.shape))
+        values = values.view(-1, *shape[1:])
+        for dim in range(1, part.ndim):
+            values = values.narrow(dim, offsets[dim], part.shape[dim])
+        target.copy_(values)
