@@ -13,7 +13,9 @@ import torch.distributed as dist
 from flux_trainer.checkpoint import commit
 from flux_trainer.checkpoint.errors import CheckpointError, DamagedError, on_first, together
 from flux_trainer.checkpoint.identity import differences
-from flux_trainer.checkpoint.tensors import Tensors, raise_if_any, read_tensors, saved_dtypes
+from flux_trainer.checkpoint.plan import Tensors
+from flux_trainer.checkpoint.tensors import on_no_rank, raise_if_any, read_tensors, saved_dtypes
+from flux_trainer.runtime.layout import WHOLE, Layouts
 from flux_trainer.runtime.log import logger
 
 STATE = "state.json"
@@ -45,12 +47,17 @@ def load_run(
     path: Path,
     tensors: Tensors,
     group: dist.ProcessGroup | None = None,
+    layouts: Layouts = WHOLE,
     identity: Mapping[str, Any] | None = None,
     force: bool = False,
 ) -> dict[str, Any]:
     """Fill `tensors` with the run saved in a verified folder; returns the state that was saved beside them.
 
-    identity: what the run must share with the saved `state["identity"]`, unless `force` is set.
+    Together, the ranks of `group` have all the tensors there are; each gives those that it holds.
+
+    Args:
+        layouts: how tensor parallelism shares out parameters.
+        identity: what the run must share with the saved `state["identity"]`, unless `force` is set.
 
     Raises:
         CheckpointError: settings differ, or names, shapes or dtypes do; nothing has been filled then.
@@ -65,26 +72,32 @@ def load_run(
     if changed:
         logger.warning(f"Going on from {path} in spite of other settings: {'; '.join(changed)}")
     dtypes = on_first(group, lambda: saved_dtypes(path))
-    raise_if_any(
-        path,
-        [f"{name} is not in this run" for name in dtypes if name not in tensors]
-        + [
-            f"{name} is {dtypes[name]}, here {tensor.dtype}"
-            for name, tensor in tensors.items()
-            if name in dtypes and dtypes[name] != tensor.dtype
-        ],
-    )
-    read_tensors(path, tensors, group)
+    problems = [f"{name} is not in this run" for name in on_no_rank(dtypes, tensors, group)]
+    problems += [
+        f"{name} is {dtypes[name]}, here {tensor.dtype}"
+        for name, tensor in tensors.items()
+        if name in dtypes and dtypes[name] != tensor.dtype
+    ]
+    together(group, lambda: raise_if_any(path, problems))
+    read_tensors(path, tensors, group, layouts)
     return state
 
 
-def load_model(path: Path, tensors: Tensors, group: dist.ProcessGroup | None = None) -> None:
+def load_model(
+    path: Path,
+    tensors: Tensors,
+    group: dist.ProcessGroup | None = None,
+    layouts: Layouts = WHOLE,
+) -> None:
     """Fill a model's parameters, given by native name, from any verified run's folder; dtypes are cast.
+
+    Together, the ranks of `group` have all parameters; each gives those that it holds.
 
     Raises:
         CheckpointError: the folder is damaged, or holds another model.
     """
     verify(path, group)
     names = on_first(group, lambda: [n for n in saved_dtypes(path) if not n.startswith(_NOT_MODEL)])
-    raise_if_any(path, [f"{name} is not in this model" for name in names if name not in tensors])
-    read_tensors(path, tensors, group)
+    strangers = on_no_rank(names, tensors, group)
+    raise_if_any(path, [f"{name} is not in this model" for name in strangers])
+    read_tensors(path, tensors, group, layouts)

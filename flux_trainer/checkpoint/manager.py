@@ -20,10 +20,12 @@ from flux_trainer.checkpoint import commit
 from flux_trainer.checkpoint.errors import CheckpointError, DamagedError, on_first, together
 from flux_trainer.checkpoint.load import STATE, load_model, load_run, verify
 from flux_trainer.checkpoint.metadata import METADATA, read_metadata
-from flux_trainer.checkpoint.tensors import HostCopies, Tensors, total_bytes, write_tensors
+from flux_trainer.checkpoint.plan import Tensors
+from flux_trainer.checkpoint.tensors import HostCopies, total_bytes, write_tensors
 from flux_trainer.config.schema import Checkpoint
 from flux_trainer.runtime.dist import World
 from flux_trainer.runtime.files import ensure_space, sync, write_text
+from flux_trainer.runtime.layout import WHOLE, Layouts
 from flux_trainer.runtime.log import logger
 
 
@@ -40,11 +42,19 @@ class Saved:
 
 
 class CheckpointManager:
-    """Writes and reads the checkpoints in `dump_folder / section.folder`. Every rank makes the same calls."""
+    """Writes and reads the checkpoints in `dump_folder / section.folder`.
 
-    def __init__(self, section: Checkpoint, dump_folder: str | Path, world: World) -> None:
+    Every rank makes the same calls, each with the tensors that it holds: all of them, or those of its
+    pipeline stage, whole or in parts.
+    """
+
+    def __init__(
+        self, section: Checkpoint, dump_folder: str | Path, world: World, layouts: Layouts = WHOLE
+    ) -> None:
+        """layouts: of the parameters that tensor parallelism shares out, by native name."""
         self.section = section
         self.folder = Path(dump_folder) / section.folder
+        self.layouts = layouts
         self.group = world.checkpoint
         self.rank = world.rank
         self.last: Saved | None = None
@@ -69,7 +79,7 @@ class CheckpointManager:
         them, and an error it meets is raised by the next `save` or `wait`.
 
         Args:
-            tensors: all tensors of the run by name, the same names on every rank; shards as DTensors.
+            tensors: the run's tensors that this rank holds, by name; FSDP's shards as DTensors.
             state: JSON of the first rank's; `identity` in it is compared when a run goes on from here.
 
         Raises:
@@ -109,10 +119,10 @@ class CheckpointManager:
         copies: Tensors | None = None,
         blocked: float | None = None,
     ) -> None:
-        needed = total_bytes(tensors) + 4096 * len(tensors)  # a tensor's frame takes 1 to 2 KB
+        needed = total_bytes(tensors, self.group, self.layouts)
         path = on_first(self.group, lambda: self._new_folder(step, needed))
         try:
-            write_tensors(path, tensors, self.group, copies)
+            write_tensors(path, tensors, self.group, self.layouts, copies)
             files = self._finish(path, state)
             on_first(self.group, lambda: commit.publish(path, step, files))
         except BaseException:
@@ -165,7 +175,7 @@ class CheckpointManager:
     def load(self, tensors: Tensors, step: int, identity: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """Fill `tensors` from the checkpoint of `step`; returns the state saved with it.
 
-        Any number of ranks can read what any other number wrote.
+        Any mesh can read what any other wrote.
 
         Raises:
             CheckpointError: there is none, it is damaged, or its settings, names, shapes or dtypes are not
@@ -180,7 +190,7 @@ class CheckpointManager:
             )
         path = commit.step_folder(self.folder, step)
         verify(path, self.group)
-        return load_run(path, tensors, self.group, identity, self.section.force_resume)
+        return load_run(path, tensors, self.group, self.layouts, identity, self.section.force_resume)
 
     def resume(self, tensors: Tensors, identity: Mapping[str, Any]) -> dict[str, Any] | None:
         """Fill `tensors` from the run's newest whole checkpoint, or that of `load_step`; returns its state.
@@ -226,4 +236,4 @@ class CheckpointManager:
             CheckpointError: the folder is no checkpoint, is damaged, or holds another model.
         """
         self.wait()
-        load_model(Path(path), parameters, self.group)
+        load_model(Path(path), parameters, self.group, self.layouts)

@@ -1,58 +1,50 @@
 """Tensors to and from a folder, through torch's distributed checkpoints (DCP).
 
-Each rank writes its shards into one file; a shard that several ranks hold (HSDP's replicas, plain tensors) is
-written by one of them. Reading fits any number of ranks: each rank reads the parts that overlap its shards.
+Each rank writes its parts into one file; a part that several ranks hold (HSDP's replicas, whole tensors) is
+written by one of them. Reading fits any mesh: each rank reads what overlaps its parts. `plan.py` says which
+parts these are.
 """
 
 from __future__ import annotations
 
+import hashlib
 import math
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
-from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.checkpoint.storage import WriteResult
-from torch.distributed.tensor import DTensor
 from torch.futures import Future
 
 from flux_trainer.checkpoint.errors import CheckpointError, together
-from flux_trainer.checkpoint.metadata import SafeReader, TensorsOnly, read_metadata
-from flux_trainer.runtime.dist import peers_alive
+from flux_trainer.checkpoint.metadata import SafeReader, read_metadata
+from flux_trainer.checkpoint.plan import ReadPlan, Tensors, WritePlan, layout_of, parts_of
+from flux_trainer.runtime.dist import all_gather, peers_alive
+from flux_trainer.runtime.layout import WHOLE, Layouts, local, native_shape
 
-Tensors = Mapping[str, Tensor]
-
-
-def local(tensor: Tensor) -> Tensor:
-    """This rank's part of a tensor, sharing its memory."""
-    return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
+FRAME = 4096  # bytes beside its elements that a tensor takes in a file, at most
 
 
-def total_bytes(tensors: Tensors) -> int:
-    """Bytes of all tensors as a checkpoint holds them: each element once."""
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-
-
-class _Planner(DefaultSavePlanner):
-    """DCP's plan of writing; with `copies`, it takes the shards from there and not from the tensors."""
-
-    def __init__(self, copies: Tensors | None) -> None:
-        super().__init__()
-        self.copies = copies
-
-    def lookup_object(self, index: MetadataIndex) -> Any:
-        return super().lookup_object(index) if self.copies is None else self.copies[index.fqn]
+def total_bytes(tensors: Tensors, group: dist.ProcessGroup | None, layouts: Layouts = WHOLE) -> int:
+    """Bytes that a checkpoint of the tensors of all ranks takes: their elements, and a frame per tensor."""
+    here = sum(
+        native_shape(tensor, layout_of(name, tensor, layouts)).numel() * tensor.element_size() + FRAME
+        for name, tensor in tensors.items()
+    )
+    names = hashlib.sha256("\n".join(sorted(tensors)).encode()).digest()
+    return sum(
+        dict(all_gather((names, here), group)).values()
+    )  # ranks with the same names have the same tensors
 
 
 class _Writer(FileSystemWriter):
@@ -67,11 +59,17 @@ class _Writer(FileSystemWriter):
 
 
 def write_tensors(
-    path: Path, tensors: Tensors, group: dist.ProcessGroup | None, copies: Tensors | None = None
+    path: Path,
+    tensors: Tensors,
+    group: dist.ProcessGroup | None,
+    layouts: Layouts = WHOLE,
+    copies: Tensors | None = None,
 ) -> None:
     """Write `tensors` into files in the folder `path`, yet to be synced. Every rank of `group` calls it.
 
-    copies: this rank's local parts of the same names in host memory, to be written in their stead.
+    Args:
+        layouts: how tensor parallelism shares out the parameters they belong to.
+        copies: this rank's local parts of the same names in host memory, to be written in their stead.
 
     Raises:
         CheckpointError: some rank could not write; every rank raises it.
@@ -83,51 +81,53 @@ def write_tensors(
     copy_ahead = 10_000_000 if copies is None else 0
     writer = _Writer(path, sync_files=False, thread_count=1, per_thread_copy_ahead=copy_ahead)
     with _dcp(f"writing {path}", group):
-        save(
-            dict(tensors),
-            storage_writer=writer,
-            planner=_Planner(copies),
-            process_group=group,
-            no_dist=group is None,
-        )
+        plan = WritePlan(parts_of(tensors, layouts, copies))
+        save({}, storage_writer=writer, planner=plan, process_group=group, no_dist=group is None)
 
 
-def read_tensors(path: Path, tensors: Tensors, group: dist.ProcessGroup | None) -> None:
+def read_tensors(
+    path: Path, tensors: Tensors, group: dist.ProcessGroup | None, layouts: Layouts = WHOLE
+) -> None:
     """Read the named tensors from folder `path` into the given ones, whose values it replaces.
 
     Only tensors of the given names are read; others in the folder are left alone. Values are cast to the
-    given tensors' dtypes. Every rank of `group` calls it with the same names.
+    given tensors' dtypes. Every rank of `group` calls it, each with the tensors that it holds.
 
     Raises:
         CheckpointError: a name is missing or has another shape, or the files cannot be read.
         PeerLost: a rank is gone.
     """
     assert not any(tensor.is_meta for tensor in tensors.values()), "give the tensors memory first"
-    together(group, lambda: raise_if_any(path, _misfits(path, tensors)))
+    together(group, lambda: raise_if_any(path, _misfits(path, tensors, layouts)))
     with _dcp(f"reading {path}", group):
-        load(
-            dict(tensors),
-            storage_reader=SafeReader(path),
-            planner=TensorsOnly(),
-            process_group=group,
-            no_dist=group is None,
-        )
+        plan = ReadPlan(parts_of(tensors, layouts))
+        load({}, storage_reader=SafeReader(path), planner=plan, process_group=group, no_dist=group is None)
 
 
-def _misfits(path: Path, tensors: Tensors) -> list[str]:
+def _misfits(path: Path, tensors: Tensors, layouts: Layouts) -> list[str]:
     problems = []
     saved = read_metadata(path).state_dict_metadata
     for name, tensor in tensors.items():
         entry = saved.get(name)
+        shape = native_shape(tensor, layout_of(name, tensor, layouts))
         if entry is None:
             problems.append(f"{name} is missing")
         elif not isinstance(entry, TensorStorageMetadata):
             problems.append(f"{name} is not a tensor")
-        elif entry.size != tensor.shape:
-            problems.append(f"{name} has shape {list(entry.size)}, here {list(tensor.shape)}")
-        elif sum(math.prod(chunk.sizes) for chunk in entry.chunks) != tensor.numel():
+        elif entry.size != shape:
+            problems.append(f"{name} has shape {list(entry.size)}, here {list(shape)}")
+        elif sum(math.prod(chunk.sizes) for chunk in entry.chunks) != shape.numel():
             problems.append(f"{name} is incomplete")  # DCP would leave the rest as it is, without a word
     return problems
+
+
+def on_no_rank(names: Collection[str], tensors: Tensors, group: dist.ProcessGroup | None) -> list[str]:
+    """Those of `names`, the same on every rank of `group`, that no rank has among its `tensors`."""
+    here = torch.tensor([name in tensors for name in names], dtype=torch.uint8)
+    if group is not None:
+        with peers_alive("comparing names"):
+            dist.all_reduce(here, dist.ReduceOp.MAX, group)
+    return [name for name, found in zip(names, here.tolist(), strict=True) if not found]
 
 
 def saved_dtypes(path: Path) -> dict[str, torch.dtype]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from flux_trainer.models.init import Distribution, initial_values
-from flux_trainer.runtime.layout import Layout, boxes, local, native_shape
+from flux_trainer.runtime.layout import WHOLE, Layouts, boxes, local, native_shape
 
 CHUNK = 1 << 20  # elements computed at once, about
 
@@ -18,14 +18,14 @@ def init_weights(
     model: nn.Module,
     distributions: Mapping[str, Distribution],
     seed: int,
-    layouts: Mapping[str, Layout] | None = None,
+    layouts: Layouts = WHOLE,
 ) -> None:
     """Fill every parameter of `model` in place from its distribution, by native name.
 
     layouts: of the parameters that tensor parallelism shares out.
     """
     for name, parameter in model.named_parameters():
-        layout = (layouts or {}).get(name)
+        layout = layouts.get(name)
         shape = native_shape(parameter, layout)
         for box in boxes(parameter, layout):
             _fill(box.of(local(parameter)), box.offsets, distributions[name], name, shape, seed)

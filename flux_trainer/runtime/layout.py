@@ -8,8 +8,9 @@ checkpoints, which must not depend on the mesh, go through it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -33,6 +34,12 @@ class Layout:
         """Shape of this rank's part, before FSDP."""
         length = sum(length for _, length in self.sections)
         return (*self.shape[: self.dim], length, *self.shape[self.dim + 1 :])
+
+
+Layouts = Mapping[str, Layout]
+"""By native name, of the parameters that tensor parallelism shares out."""
+WHOLE: Layouts = MappingProxyType({})
+"""Where there is no tensor parallelism."""
 
 
 def share_out(shape: Sequence[int], dim: int, sections: Sequence[int], rank: int, degree: int) -> Layout:
