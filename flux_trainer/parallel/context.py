@@ -1,0 +1,95 @@
+"""Context parallelism: the tokens of each sample are shared out over the ranks of a group.
+
+Every rank holds a part of the text and a part of the image tokens, and computes all but attention on its
+own. `ContextParallel.attention` takes the place of the plain one in each block. It is exact: attention is
+neither masked nor causal, and positions are in q and k already, so the order of keys does not matter.
+
+What each rank sends per call, with W ranks, L tokens and H heads that divide, b bytes an element of q and c
+(float32 or wider) of a sum; in units of B D L H (W - 1) / W elements:
+
+    method     forward    backward    when
+    ulysses    4 b / W    4 b / W     as many heads as ranks; hardly any memory
+    ring       2 b        2 b + 2 c   any number of heads; overlaps with compute
+    allgather  2 b        2 c         any number of heads; one rank's keys and values are everybody's
+
+The modules `ulysses`, `ring` and `gathered` say what holds where nothing divides.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+from torch.distributed.distributed_c10d import ProcessGroup
+
+from flux_trainer.parallel.gathered import gather_tokens, gathered_attention
+from flux_trainer.parallel.group import shares
+from flux_trainer.parallel.ring import ring_attention
+from flux_trainer.parallel.ulysses import ulysses_attention
+
+Method = Literal["ulysses", "ring", "allgather"]
+
+ops = torch.ops.flux_trainer
+# Operators that communicate in forward: keep their results, and recomputation repeats no message.
+COLLECTIVES = {
+    ops.scatter_heads.default,
+    ops.gather_heads.default,
+    ops.ring_attention.default,
+    ops.gather_keys_values.default,
+}
+
+
+class ContextParallel:
+    """Splits tokens over a group of ranks, and attends across them.
+
+    Tokens are shared out as `torch.tensor_split` does: parts may differ by one token, or be empty.
+    """
+
+    def __init__(self, group: ProcessGroup, method: Method, heads: int) -> None:
+        """heads: those of each call of `attention`.
+
+        Raises:
+            ValueError: an unknown method, or ulysses with fewer heads than ranks.
+        """
+        if method not in get_args(Method):
+            raise ValueError(f"context parallel method {method!r} is none of {', '.join(get_args(Method))}")
+        self.rank, self.size = group.rank(), group.size()
+        if method == "ulysses" and heads < self.size:
+            raise ValueError(
+                f"ulysses gives every rank of a context parallel group at least one head, but {heads} heads "
+                f"over {self.size} ranks leave {self.size - heads} without; use ring or allgather, or at "
+                f"most {heads} ranks"
+            )
+        self.method = method
+        self.group = group
+        self.group_name: str = group.group_name
+        # By how many tokens each rank's part is longer than this rank's. The lengths themselves are read from
+        # q: a compiled block follows shapes, and is compiled anew only for another pattern of remainders.
+        self._longer: tuple[int, ...] = ()
+
+    def begin(self, *lengths: int) -> None:
+        """Before each forward: the whole lengths of the streams that meet in attention (text, image).
+
+        They hold for that forward, its backward and recomputation, until the next `begin`.
+        """
+        parts = [sum(part) for part in zip(*(shares(n, self.size) for n in lengths), strict=True)]
+        self._longer = tuple(part - parts[self.rank] for part in parts)
+
+    def split(self, *streams: Tensor) -> tuple[Tensor, ...]:
+        """This rank's tokens of each stream [B, L, ...]: views [B, L_r, ...]."""
+        return tuple(x.tensor_split(self.size, dim=1)[self.rank] for x in streams)
+
+    def gather(self, x: Tensor, length: int) -> Tensor:
+        """A stream's tokens [B, L_r, ...] of all ranks -> [B, length, ...], in order. It has no gradient."""
+        (whole,) = gather_tokens((x.detach(),), shares(length, self.size), self.group)
+        return whole.transpose(0, 1)
+
+    def attention(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Attention of this rank's queries to all ranks' keys: [B, L_r, H, D] in and out."""
+        assert self._longer, "begin() comes before a forward"
+        lengths = [q.shape[1] + more for more in self._longer]
+        if self.method == "ring":
+            return ring_attention(q, k, v, lengths, self.group_name)[0]
+        method = ulysses_attention if self.method == "ulysses" else gathered_attention
+        return method(q, k, v, lengths, self.group_name)
