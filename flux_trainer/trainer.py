@@ -197,7 +197,8 @@ class Trainer(ABC):
         """One optimizer step on the global batch of which `batch` is this rank's part."""
         config = self.config
         loss = self.forward_backward(self.micro_batches(batch))
-        grad_norm = clip_grad_norm(self.parameters.values(), config.training.max_norm)
+        group = self.mesh.model.get_group()
+        grad_norm = clip_grad_norm(self.parameters, config.training.max_norm, group=group)
         skip = self.guard(grad_norm)
         self.step += 1
         self.samples_seen += self.global_batch_size

@@ -7,11 +7,8 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
-
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+from flux_trainer.runtime.layout import local
 
 
 class EMA:
@@ -48,8 +45,8 @@ class EMA:
     @torch.no_grad()
     def update(self, samples_seen: int, batch: int, skip: Tensor) -> None:
         """Move the averages towards the parameters; not at all where `skip` (scalar on the device) is 1."""
-        averages = [_local(a) for a in self.averages.values()]
-        difference = torch._foreach_sub([_local(p.detach()) for p in self.parameters.values()], averages)
+        averages = [local(a) for a in self.averages.values()]
+        difference = torch._foreach_sub([local(p) for p in self.parameters.values()], averages)
         torch._foreach_mul_(difference, self.weight(samples_seen, batch) * (1 - skip))
         torch._foreach_add_(averages, difference)
 
@@ -70,9 +67,9 @@ class EMA:
     @torch.no_grad()
     def _swap(self, narrow: dict[str, Tensor], back: bool) -> None:
         for name, parameter in self.parameters.items():
-            p, a = _local(parameter.detach()), _local(self.averages[name])
+            p, a = local(parameter), local(self.averages[name])
             if name in narrow:
-                p.copy_(_local(narrow[name]) if back else a)
+                p.copy_(local(narrow[name]) if back else a)
             else:
                 kept = p.clone()
                 p.copy_(a)

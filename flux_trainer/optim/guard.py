@@ -5,27 +5,54 @@ The decision stays on the device: it is a tensor that the optimizer and the EMA 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Mapping
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+
+from flux_trainer.runtime.layout import WHOLE, Layouts, local
 
 SPIKE_MEMORY = 0.98  # weight of the past in the running mean of the gradient norm
 SPIKE_WARMUP = 50  # accepted steps before the mean is trusted
 
 
-def clip_grad_norm(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
+def clip_grad_norm(
+    parameters: Mapping[str, nn.Parameter],
+    max_norm: float,
+    *,
+    group: dist.ProcessGroup | None = None,
+    layouts: Layouts = WHOLE,
+    tp_rank: int = 0,
+) -> Tensor:
     """Scale gradients in place to a total 2-norm of at most `max_norm` (0: leave them); returns the old norm.
 
-    The norm is taken over all shards, so it is the same number on every rank.
+    Each element of the model counts once: the norm of what this rank holds, apart from tensors that the first
+    rank of its tensor-parallel group counts, then one sum over `group`. The same number on every rank, in
+    float32 or wider.
+
+    Args:
+        parameters: those that this rank holds, by native name.
+        group: the ranks that hold one copy of the model together, no replicas; None: this rank has all.
+        layouts: of the parameters that tensor parallelism shares out; the others are whole on its ranks.
     """
-    parameters = list(parameters)
-    norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-    if isinstance(norm, DTensor):
-        norm = norm.full_tensor()
+    alone = group is None or group.size() == 1
+    grads = {name: p.grad for name, p in parameters.items() if p.grad is not None}
+    parts = {name: local(grad) for name, grad in grads.items()}
+    assert not alone or all(parts[name].numel() == grads[name].numel() for name in grads), (
+        "the others' shards"
+    )
+    counted = [part for name, part in parts.items() if tp_rank == 0 or name in layouts]
+    first = next(iter(parameters.values()))
+    wide = torch.promote_types(first.dtype, torch.float32)
+    squares = torch.zeros((), dtype=wide, device=first.device)
+    if counted:
+        squares = torch.stack(torch._foreach_norm(counted, 2, wide)).square().sum()
+    if not alone:
+        dist.all_reduce(squares, group=group)
+    norm = squares.sqrt()
     if max_norm > 0:
-        nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+        torch._foreach_mul_([*parts.values()], (max_norm / (norm + 1e-6)).clamp(max=1.0))
     return norm
 
 

@@ -85,11 +85,22 @@ def test_clip_scales_to_the_norm_and_returns_the_norm_before():
     net = model()
     set_grads(net, 1)
     flat = torch.cat([p.grad.flatten() for p in net.parameters()])
-    norm = clip_grad_norm(net.parameters(), 0.5)
+    norm = clip_grad_norm(dict(net.named_parameters()), 0.5)
     torch.testing.assert_close(norm, flat.norm())
     clipped = torch.cat([p.grad.flatten() for p in net.parameters()])
     torch.testing.assert_close(clipped, flat * 0.5 / flat.norm(), rtol=1e-5, atol=1e-6)
-    assert clip_grad_norm(net.parameters(), 0.0) == clipped.norm()
+    assert clip_grad_norm(dict(net.named_parameters()), 0.0) == pytest.approx(clipped.norm().item())
+
+
+def test_the_norm_of_bfloat16_gradients_is_float32():
+    net = torch.nn.Linear(64, 64, bias=False).bfloat16()
+    net.weight.grad = torch.full((64, 64), 1.0, dtype=torch.bfloat16)
+    norm = clip_grad_norm(dict(net.named_parameters()), 6.4)
+    assert norm.dtype == torch.float32
+    assert norm == 64
+    torch.testing.assert_close(net.weight.grad, torch.full((64, 64), 0.1, dtype=torch.bfloat16))
+    net.weight.grad[0, 0] = float("inf")
+    assert not clip_grad_norm(dict(net.named_parameters()), 1.0).isfinite()
 
 
 def test_guard_skips_what_is_not_finite_and_counts():

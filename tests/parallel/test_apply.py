@@ -90,6 +90,12 @@ def samples(dtype=torch.float64) -> dict[str, torch.Tensor]:
     }
 
 
+def sharing(model: Flux1Model) -> torch.distributed.ProcessGroup | None:
+    """The ranks that hold one copy of the model together."""
+    mesh = getattr(model.img_in.weight, "device_mesh", None)
+    return mesh.get_group(mesh.ndim - 1) if mesh else None
+
+
 def gradients(
     model: Flux1Model, rows: list[slice], dtype=torch.float64
 ) -> tuple[dict[str, torch.Tensor], float]:
@@ -99,7 +105,7 @@ def gradients(
         defer_all_reduce(model, is_last=i == len(rows) - 1)
         out = model(**{k: v[part] for k, v in inputs.items()})
         (out**2).sum().div(BATCH).backward()
-    norm = clip_grad_norm(model.parameters(), 0.0).item()
+    norm = clip_grad_norm(dict(model.named_parameters()), 0.0, group=sharing(model)).item()
     whole = lambda t: t.full_tensor() if isinstance(t, DTensor) else t  # noqa: E731
     return {name: whole(p.grad) for name, p in model.named_parameters()}, norm
 

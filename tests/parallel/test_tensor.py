@@ -13,6 +13,7 @@ from flux_trainer.config.schema import ActivationCheckpoint, Compile
 from flux_trainer.flow.latents import image_ids, text_ids
 from flux_trainer.models.flux1 import Flux1Config, Flux1Model
 from flux_trainer.models.init import Normal
+from flux_trainer.optim.guard import clip_grad_norm
 from flux_trainer.parallel import tensor
 from flux_trainer.parallel.cast import read_as
 from flux_trainer.parallel.compile import compile_blocks
@@ -91,6 +92,20 @@ def backward(model, rows=slice(0, BATCH), dtype=torch.float64) -> None:
     (model(**samples(rows, dtype)) ** 2).sum().div(BATCH).backward()
 
 
+def clipped(options: dict, data: int, max_norm: float):
+    """The norm before and after clipping, and the first gradient then."""
+    model, layouts = build(**options)
+    rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    share, index = BATCH // data, rank * data // world
+    backward(model, slice(index * share, (index + 1) * share))
+    copies = options.get("replicate", 1)
+    groups = [torch.distributed.new_group(part.tolist()) for part in torch.arange(world).chunk(copies)]
+    settings = {"group": groups[rank * copies // world], "layouts": layouts, "tp_rank": rank % options["tp"]}
+    parameters = dict(model.named_parameters())
+    norms = [clip_grad_norm(parameters, limit, **settings).item() for limit in (max_norm, 0.0)]
+    return norms, unsharded(model.img_in.weight.grad)
+
+
 def unsharded(value: torch.Tensor) -> torch.Tensor:
     return value.full_tensor() if isinstance(value, DTensor) else value.detach()
 
@@ -150,6 +165,25 @@ def test_gradients_equal_one_process(ranks, options, data, one_process):
         layouts = result[1]
         assert sum(p.numel() for p in result[0].values()) < 0.8 * sum(p.numel() for p in one_process.values())
         assert "single_blocks.0.linear1.bias" in layouts
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(
+    ("ranks", "options", "data"),
+    [
+        (2, {"tp": 2}, 1),
+        (2, {"tp": 1, "fsdp": 2}, 2),
+        (4, {"tp": 2, "fsdp": 2}, 2),
+        (8, {"tp": 2, "fsdp": 2, "replicate": 2}, 4),
+    ],
+    ids=str,
+)
+def test_each_element_counts_once_in_the_norm(ranks, options, data, one_process):
+    norm = torch.cat([grad.flatten() for grad in one_process.values()]).norm().item()
+    for (before, after), gradient in run_ranks(ranks, clipped, options, data, norm / 3):
+        assert before == pytest.approx(norm, rel=1e-11)
+        assert after == pytest.approx(norm / 3, rel=1e-5)
+        torch.testing.assert_close(gradient, one_process["img_in.weight"] / 3, rtol=1e-5, atol=0)
 
 
 def without_the_sum_of_scales() -> tuple:
