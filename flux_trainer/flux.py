@@ -31,6 +31,7 @@ from flux_trainer.metrics.console import validation_line
 from flux_trainer.metrics.pictures import grid
 from flux_trainer.models import registry
 from flux_trainer.models.flops import train_flops_per_sample
+from flux_trainer.models.flux1 import Flux1Model
 from flux_trainer.models.init import Distribution
 from flux_trainer.parallel.compile import compile_loss
 from flux_trainer.parallel.fsdp import reshard, shard
@@ -75,9 +76,9 @@ class FluxTrainer(Trainer):
         self.prompts = read_prompts(config.validation)
         self.held_out = self.build_validation_loader()
 
-    def build_model(self) -> tuple[nn.Module, list[nn.Module], Mapping[str, Distribution]]:
+    def build_model(self) -> tuple[Flux1Model, Mapping[str, Distribution]]:
         model = registry.build(self.config.model.name, self.config.model.flavor)
-        return model, [block for _, block in model.blocks()], model.init_distributions()
+        return model, model.init_distributions()
 
     def build_loader(self, start_draw: int) -> TrainLoader:
         config = self.config
@@ -187,28 +188,42 @@ class FluxTrainer(Trainer):
             weight=weight,
         )
 
-    def predict(self, x_t: Tensor, t: Tensor, txt: Tensor, vec: Tensor) -> Tensor:
-        """The model's velocity [B, 16, H/8, W/8], in its compute dtype; arguments as in `MicroBatch`."""
+    def tokens(self, x_t: Tensor, t: Tensor, txt: Tensor, vec: Tensor) -> Tensor:
+        """The model's velocity as tokens [B, L, 64]; under context parallelism, this rank's part of them.
+
+        In the model's compute dtype; arguments as in `MicroBatch`.
+        """
         size, _, height, width = x_t.shape
+        img, img_ids = pack(x_t), image_ids(size, height, width, self.device)
+        txt_ids = text_ids(size, txt.shape[1], self.device)
+        if self.context:
+            self.context.begin(txt.shape[1], img.shape[1])
+            img, img_ids, txt, txt_ids = self.context.split(img, img_ids, txt, txt_ids)
         guidance = None
         if self.model_config.guidance_embed:
             guidance = torch.full_like(t, self.config.flow.guidance)
-        tokens = self.model(
-            img=pack(x_t),  # [B, L, 64]
-            img_ids=image_ids(size, height, width, self.device),
-            txt=txt,
-            txt_ids=text_ids(size, txt.shape[1], self.device),
-            timesteps=t,
-            y=vec,
-            guidance=guidance,
+        tokens: Tensor = self.model(
+            img=img, img_ids=img_ids, txt=txt, txt_ids=txt_ids, timesteps=t, y=vec, guidance=guidance
         )
+        return tokens
+
+    @torch.no_grad()
+    def predict(self, x_t: Tensor, t: Tensor, txt: Tensor, vec: Tensor) -> Tensor:
+        """The model's whole velocity [B, 16, H/8, W/8], without gradients; arguments as in `tokens`."""
+        height, width = x_t.shape[2:]
+        tokens = self.tokens(x_t, t, txt, vec)
+        if self.context:
+            tokens = self.context.gather(tokens, (height // 2) * (width // 2))
         return unpack(tokens, height, width)
 
     def loss(self, micro_batch: MicroBatch) -> Tensor:
         b = micro_batch
-        v = self.predict(b.x_t, b.t, b.txt, b.vec)
-        elements = b.target[0].numel()
-        return self.flow_loss(v, b.target, b.weight, self.global_batch_size, elements)
+        target = pack(b.target)  # [B, L, 64]
+        elements = target[0].numel()
+        if self.context:
+            (target,) = self.context.split(target)
+        v = self.tokens(b.x_t, b.t, b.txt, b.vec)
+        return self.flow_loss(v, target, b.weight, self.global_batch_size, elements)
 
     # Validation.
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from flux_trainer.checkpoint.manager import CheckpointManager
 from flux_trainer.config.schema import JobConfig
@@ -29,6 +29,7 @@ from flux_trainer.metrics.meter import Meter
 from flux_trainer.metrics.peak import device_peak_flops
 from flux_trainer.metrics.profiler import Profiler
 from flux_trainer.metrics.writers import Writers
+from flux_trainer.models.flux1 import Flux1Model
 from flux_trainer.models.init import Distribution
 from flux_trainer.optim.build import build_optimizer, optimizer_tensors, set_lr
 from flux_trainer.optim.build import step as optimizer_step
@@ -73,10 +74,9 @@ class Trainer(ABC):
 
         # The model: on the meta device, then sharded, and only then given memory.
         with torch.device("meta"), default_dtype(getattr(torch, training.dtype)):
-            self.model, blocks, distributions = self.build_model()
-        parallelize(
+            self.model, distributions = self.build_model()
+        self.context, self.layouts = parallelize(
             self.model,
-            blocks,
             self.mesh,
             parallelism=config.parallelism,
             activation_checkpoint=config.activation_checkpoint,
@@ -98,7 +98,7 @@ class Trainer(ABC):
         self.ema: EMA | None = None
         if config.ema.enable:
             self.ema = EMA(self.parameters.items(), config.ema.half_life, config.ema.rampup_ratio)
-        self.checkpoints = CheckpointManager(config.checkpoint, self.dump_folder, self.world)
+        self.checkpoints = CheckpointManager(config.checkpoint, self.dump_folder, self.world, self.layouts)
         self.restore(distributions)
 
         # What people see.
@@ -127,8 +127,8 @@ class Trainer(ABC):
     # What a subclass says.
 
     @abstractmethod
-    def build_model(self) -> tuple[nn.Module, list[nn.Module], Mapping[str, Distribution]]:
-        """The plain model, its blocks, and the distribution of each weight. Runs on the meta device."""
+    def build_model(self) -> tuple[Flux1Model, Mapping[str, Distribution]]:
+        """The plain model, and the distribution of each weight. Runs on the meta device."""
 
     @abstractmethod
     def build_loader(self, start_draw: int) -> TrainLoader:
@@ -197,8 +197,13 @@ class Trainer(ABC):
         """One optimizer step on the global batch of which `batch` is this rank's part."""
         config = self.config
         loss = self.forward_backward(self.micro_batches(batch))
-        group = self.mesh.model.get_group()
-        grad_norm = clip_grad_norm(self.parameters, config.training.max_norm, group=group)
+        grad_norm = clip_grad_norm(
+            self.parameters,
+            config.training.max_norm,
+            group=self.mesh.model.get_group(),
+            layouts=self.layouts,
+            tp_rank=self.mesh.coordinates["tp"],
+        )
         skip = self.guard(grad_norm)
         self.step += 1
         self.samples_seen += self.global_batch_size
@@ -237,7 +242,8 @@ class Trainer(ABC):
     def log(self, loss: Tensor, grad_norm: Tensor, lr: float) -> None:
         """One line of figures. The only place in a step that waits for the device."""
         bad = self.bad_samples
-        total_loss, bad_draws, draws = self.world.sum([loss.item(), bad.bad_draws, bad.draws])
+        share = loss.item() if self.mesh.coordinates["tp"] == 0 else 0.0  # tp ranks compute the same loss
+        total_loss, bad_draws, draws = self.world.sum([share, bad.bad_draws, bad.draws])
         reading = self.meter.read(
             self.step,
             {
@@ -321,7 +327,7 @@ class Trainer(ABC):
             )
             logger.info(f"Started from the weights in {section.initial_load_path}")
         else:
-            init_weights(self.model, distributions, self.config.debug.seed)
+            init_weights(self.model, distributions, self.config.debug.seed, self.layouts)
         if self.ema:
             self.ema.reset()
 

@@ -63,12 +63,11 @@ def _sharing(config: JobConfig) -> int:
 def _parallelism(config: JobConfig, world_size: int | None) -> Iterator[Finding]:
     section = config.parallelism
     replicate, shard = section.data_parallel_replicate_degree, section.data_parallel_shard_degree
-    for kind in ("tensor", "pipeline", "context"):
-        if getattr(section, f"{kind}_parallel_degree") > 1:
-            yield (
-                f"parallelism.{kind}_parallel_degree",
-                f"is not possible: there is no {kind} parallelism in this version",
-            )
+    if section.pipeline_parallel_degree > 1:
+        yield (
+            "parallelism.pipeline_parallel_degree",
+            "is not possible: there is no pipeline parallelism in this version",
+        )
     if shard < 1 and shard != -1:
         yield (
             "parallelism.data_parallel_shard_degree",

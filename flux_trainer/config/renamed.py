@@ -93,8 +93,10 @@ RENAMED: dict[str, Renamed] = {
     "parallelism.expert_parallel_comm_backend": _ignored("FLUX has no experts"),
     "parallelism.disable_loss_parallel": _ignored(_NO_SUCH_MESH),
     "parallelism.enable_async_tensor_parallel": _ignored(_NO_SUCH_MESH),
-    "parallelism.context_parallel_load_balancer": _ignored(_NO_SUCH_MESH),
-    "parallelism.context_parallel_rotate_method": _ignored(_NO_SUCH_MESH),
+    "parallelism.context_parallel_load_balancer": _ignored(
+        "attention is not causal: all parts cost the same"
+    ),
+    "parallelism.context_parallel_rotate_method": _ignored("see parallelism.context_parallel_method"),
     "parallelism.module_fqns_per_model_part": _ignored(_NO_SUCH_MESH),
     **{
         f"parallelism.pipeline_parallel_{key}": _ignored(_NO_SUCH_MESH)

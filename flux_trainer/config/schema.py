@@ -184,9 +184,15 @@ class Parallelism(Section):
     """Ranks that share one copy of the model (FSDP2); -1: all that remain."""
     fsdp_reshard_after_forward: Literal["default", "always", "never"] = "default"
     """Free a block's gathered weights after its forward; default: always."""
-    tensor_parallel_degree: Degree = 1
-    pipeline_parallel_degree: Degree = 1
     context_parallel_degree: Degree = 1
+    """Ranks that share the tokens of a sample."""
+    context_parallel_method: Literal["auto", "ulysses", "ring", "allgather"] = "auto"
+    """How attention reaches all tokens: ulysses exchanges tokens for heads, ring passes keys and values on,
+    allgather collects them. auto: ulysses where the heads divide evenly, otherwise ring."""
+    tensor_parallel_degree: Degree = 1
+    """Ranks that share the attention heads and MLP features of a block."""
+    pipeline_parallel_degree: Degree = 1
+    """Ranks that share the blocks, one stage after another."""
 
 
 class ActivationCheckpoint(Section):

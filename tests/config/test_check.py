@@ -91,9 +91,9 @@ def test_a_sound_run_passes_without_remarks(world_size):
             "lr_scheduler.warmup_steps = 20 is longer than the whole schedule, lr_scheduler.total_steps = 10",
         ),
         (
-            ["--parallelism.context_parallel_degree=2"],
-            "parallelism.context_parallel_degree = 2 is not possible: "
-            "there is no context parallelism in this version",
+            ["--parallelism.pipeline_parallel_degree=2"],
+            "parallelism.pipeline_parallel_degree = 2 is not possible: "
+            "there is no pipeline parallelism in this version",
         ),
         (
             ["--parallelism.data_parallel_shard_degree=0"],
@@ -187,6 +187,18 @@ def test_keys_that_do_not_go_together(flags, line):
             4,
             "parallelism.data_parallel_shard_degree = 4 x data_parallel_replicate_degree 2 = 8 ranks, "
             "but this run has 4; -1 takes all that remain",
+        ),
+        (
+            ["--parallelism.context_parallel_degree=4", "--parallelism.data_parallel_replicate_degree=2"],
+            12,
+            "parallelism.context_parallel_degree = 4 x data_parallel_replicate_degree 2 = 8, which does not "
+            "divide the 12 ranks of this run",
+        ),
+        (
+            ["--training.global_batch_size=24", "--parallelism.context_parallel_degree=2"],
+            4,
+            "training.global_batch_size = 24 is not a multiple of training.local_batch_size 8 x 2 groups of "
+            "ranks = 16; try 16 or 32",
         ),
     ],
 )

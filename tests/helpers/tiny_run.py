@@ -26,10 +26,10 @@ MODEL = Flux1Config(
     context_in_dim=16,
     hidden_size=32,
     mlp_ratio=2.0,
-    num_heads=2,
-    depth=1,
+    num_heads=4,
+    depth=2,
     depth_single_blocks=2,
-    axes_dim=(4, 6, 6),
+    axes_dim=(2, 2, 4),
     theta=10000,
     qkv_bias=True,
     guidance_embed=True,
@@ -101,8 +101,8 @@ class TinyTrainer(FluxTrainer):
         super().__init__(config)
 
     def build_model(self):
-        model, blocks, distributions = super().build_model()
-        return model, blocks, {name: Normal(0.2) for name in distributions}
+        model, distributions = super().build_model()
+        return model, {name: Normal(0.2) for name in distributions}
 
 
 def train(folder: Path, *flags: str) -> dict[str, Any]:

@@ -56,7 +56,6 @@ def build(
     parallelism = Parallelism(data_parallel_replicate_degree=replicate, fsdp_reshard_after_forward=reshard)
     parallelize(
         model,
-        [block for _, block in model.blocks()],
         build_mesh(parallelism, world_size, "cpu") if world_size > 1 else One(),
         parallelism=parallelism,
         activation_checkpoint=ActivationCheckpoint(mode=remat, selective_ac_option=option),
@@ -72,8 +71,13 @@ def build(
 class One:
     """Stands for the mesh of a single process without a process group."""
 
+    cp = tp = None
+
     class fsdp:
         size = staticmethod(lambda: 1)
+
+    def size(self, *dimensions: str) -> int:
+        return 1
 
 
 def samples(dtype=torch.float64) -> dict[str, torch.Tensor]:

@@ -1,0 +1,204 @@
+"""Every mesh computes the same training: one table of meshes, each compared with a single process.
+
+A run of 20 steps with accumulation, caption dropout, clipping that bites, EMA and random weights everywhere,
+then validation and pictures. A new parallelism is a new row.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers.ranks import run_ranks
+from helpers.tiny_run import TinyTrainer, lines, tiny_config
+from PIL import Image
+from torch import Tensor
+
+from flux_trainer.runtime.layout import boxes, local, native_shape
+
+STEPS = 20
+
+
+@dataclass(frozen=True)
+class Row:
+    """A mesh, by the degrees that are not 1."""
+
+    shard: int = 1
+    replicate: int = 1
+    cp: int = 1
+    tp: int = 1
+    pp: int = 1
+    more: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def ranks(self) -> int:
+        return prod((self.shard, self.replicate, self.cp, self.tp, self.pp))
+
+    def flags(self) -> list[str]:
+        settings = {
+            "parallelism.data_parallel_shard_degree": self.shard,
+            "parallelism.data_parallel_replicate_degree": self.replicate,
+            "parallelism.context_parallel_degree": self.cp,
+            "parallelism.tensor_parallel_degree": self.tp,
+            "parallelism.pipeline_parallel_degree": self.pp,
+            **self.more,
+        }
+        return [f"--{key}={value}" for key, value in settings.items()]
+
+    def __str__(self) -> str:
+        names = ("shard", "replicate", "cp", "tp", "pp")
+        degrees = [f"{name}{getattr(self, name)}" for name in names if getattr(self, name) > 1]
+        return "-".join([*degrees, *(str(v) for v in self.more.values())])
+
+
+def method(name: str) -> dict[str, str]:
+    return {"parallelism.context_parallel_method": name}
+
+
+ROWS = [
+    Row(shard=2),
+    Row(replicate=2),
+    Row(shard=2, replicate=2),
+    *(Row(cp=cp, more=method(name)) for cp in (2, 4) for name in ("ulysses", "ring", "allgather")),
+    Row(cp=3),  # neither tokens nor heads divide
+    Row(shard=2, cp=2),
+    Row(shard=2, replicate=2, cp=2),
+    Row(tp=2),
+    Row(tp=4),
+    Row(shard=2, tp=2),
+    Row(cp=2, tp=2),
+]
+
+
+class Recorder(TinyTrainer):
+    """Keeps the gradients of the first step as they are before clipping."""
+
+    first_gradients: dict[str, Any]
+
+    def forward_backward(self, micro_batches):
+        loss = super().forward_backward(micro_batches)
+        if self.step == 0:
+            self.first_gradients = {
+                name: parts(p.grad, self.layouts.get(name)) for name, p in self.parameters.items()
+            }
+        return loss
+
+
+def parts(tensor: Tensor, layout) -> tuple[torch.Size, list[tuple[tuple[int, ...], Tensor]]]:
+    """The native shape, and what this rank holds: (offset in the native tensor, values)."""
+    held = [(box.offsets, box.of(local(tensor)).clone()) for box in boxes(tensor, layout)]
+    return native_shape(tensor, layout), held
+
+
+def run(folder: Path, dtype: str, *flags: str) -> dict[str, Any]:
+    """Train on this rank; losses and norms by step, and parts of gradients and parameters."""
+    settings = {
+        "training.steps": STEPS,
+        "training.local_batch_size": 2,
+        "training.img_size": 32,
+        "encoder.max_t5_encoding_len": 5,
+        "training.dtype": "float32" if dtype == "bfloat16" else dtype,
+        "training.mixed_precision_param": dtype,
+        "training.mixed_precision_reduce": "float32" if dtype == "bfloat16" else dtype,
+        "optimizer.lr": 1e-3,
+        "validation.enable": "true",
+        "validation.freq": STEPS,
+        "validation.timesteps": 2,
+        "validation.denoising_steps": 2,
+        "validation.prompts": "a,b,c",
+        "validation.local_batch_size": 2,
+        "validation.sources.0.type": "synthetic",
+        "validation.sources.0.size": 5,
+    }
+    given = [*(f"--{key}={value}" for key, value in settings.items()), *flags]
+    trainer = Recorder(tiny_config(folder, *given))
+    trainer.train()
+    return {
+        "lines": lines(trainer.dump_folder),
+        "gradients": trainer.first_gradients,
+        "parameters": {n: parts(p, trainer.layouts.get(n)) for n, p in trainer.parameters.items()},
+    }
+
+
+def whole(ranks: list[dict[str, Any]], what: str) -> dict[str, Tensor]:
+    """Native tensors put together from the parts of all ranks, which must agree where they overlap."""
+    tensors: dict[str, Tensor] = {}
+    for rank in ranks:
+        for name, (shape, held) in rank[what].items():
+            tensor = tensors.setdefault(name, torch.full(shape, torch.nan, dtype=torch.float64))
+            for offsets, values in held:
+                place = tensor[tuple(slice(o, o + n) for o, n in zip(offsets, values.shape, strict=True))]
+                known = ~place.isnan()
+                assert torch.allclose(place[known], values.double()[known], rtol=1e-5, atol=1e-8), name
+                place.copy_(values)
+    assert not any(tensor.isnan().any() for tensor in tensors.values())
+    return tensors
+
+
+def column(result: dict[str, Any], key: str) -> list[float]:
+    return [line[key] for line in result["lines"] if key in line]
+
+
+def worst(got: dict[str, Tensor], want: dict[str, Tensor]) -> float:
+    """The largest difference, in units of each tensor's largest entry."""
+    assert got.keys() == want.keys()
+    return max(((got[k] - want[k]).abs().max() / want[k].abs().max()).item() for k in want)
+
+
+@pytest.fixture(scope="module")
+def single(tmp_path_factory):
+    """The runs of one process, by dtype."""
+    results: dict[str, Any] = {}
+
+    def of(dtype: str) -> tuple[dict[str, Any], Path]:
+        if dtype not in results:
+            folder = tmp_path_factory.mktemp(dtype)
+            results[dtype] = (run_ranks(1, run, folder, dtype)[0], folder)
+        return results[dtype]
+
+    return of
+
+
+def compare(row: Row, dtype: str, single, folder: Path) -> tuple[list[dict[str, Any]], dict[str, Any], Path]:
+    one, one_folder = single(dtype)
+    return run_ranks(row.ranks, run, folder, dtype, *row.flags(), timeout=60), one, one_folder
+
+
+@pytest.mark.distributed
+@pytest.mark.mesh
+@pytest.mark.parametrize("row", ROWS, ids=str)
+def test_float64(row, single, tmp_path):
+    """Gradients, norms, parameters, validation and pictures."""
+    ranks, one, one_folder = compare(row, "float64", single, tmp_path)
+    assert min(column(one, "grad_norm")) > 0.01, "clipping bites"
+    assert worst(whole(ranks, "gradients"), whole([one], "gradients")) <= 1e-11
+    assert worst(whole(ranks, "parameters"), whole([one], "parameters")) <= 1e-10
+    for key in ("loss", "grad_norm", "validation_loss", "ema_validation_loss"):
+        assert column(ranks[0], key) == pytest.approx(column(one, key), rel=1e-10), key
+    for name in ("step-00.png", f"ema_step-{STEPS}.png"):
+        got, want = (Image.open(path / "run/img" / name).tobytes() for path in (tmp_path, one_folder))
+        assert got == want
+
+
+@pytest.mark.distributed
+@pytest.mark.mesh
+@pytest.mark.parametrize("row", ROWS, ids=str)
+def test_float32(row, single, tmp_path):
+    ranks, one, _ = compare(row, "float32", single, tmp_path)
+    data_only = row.cp == row.tp == row.pp == 1
+    assert column(ranks[0], "loss") == pytest.approx(column(one, "loss"), abs=1e-6 if data_only else 1e-5)
+    assert worst(whole(ranks, "gradients"), whole([one], "gradients")) <= 1e-5
+
+
+@pytest.mark.distributed
+@pytest.mark.mesh
+@pytest.mark.parametrize("row", ROWS, ids=str)
+def test_bfloat16_follows_the_float32_curve(row, single, tmp_path):
+    ranks, _, _ = compare(row, "bfloat16", single, tmp_path)
+    want = torch.tensor(column(single("float32")[0], "loss"))
+    error = (torch.tensor(column(ranks[0], "loss")) - want).abs() / want
+    assert error.max() < 0.02
