@@ -17,24 +17,25 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from flux_trainer.config.schema import ActivationCheckpoint
 
 aten = torch.ops.aten
-# The dearest results to compute again: attention's output, on every backend.
-ATTENTION = {
+# The dearest results to compute again: attention's output, on every backend, and tensor parallelism's sums.
+DEAR = {
     aten._scaled_dot_product_flash_attention.default,
     aten._scaled_dot_product_efficient_attention.default,
     aten._scaled_dot_product_cudnn_attention.default,
     aten._scaled_dot_product_flash_attention_for_cpu.default,
+    torch.ops._c10d_functional.all_reduce.default,
 }
 MATMULS = {aten.mm.default, aten.addmm.default}
 
 
 def _selective_contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-    """Keep attention and every second matrix product, recompute all else."""
+    """Keep what is dear and every second matrix product, recompute all else."""
     count = {False: 0, True: 0}  # forward and recomputation each count for themselves
 
     def policy(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
         if op in MATMULS:
             count[ctx.is_recompute] += 1
-        keep = op in ATTENTION or (op in MATMULS and count[ctx.is_recompute] % 2 == 1)
+        keep = op in DEAR or (op in MATMULS and count[ctx.is_recompute] % 2 == 1)
         return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
 
     return create_selective_checkpoint_contexts(policy)

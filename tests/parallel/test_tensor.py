@@ -305,6 +305,10 @@ def test_what_is_communicated_is_what_the_formula_says():
     for forward, after in run_ranks(2, counted, "full"):
         assert sum(forward["all_reduce"]) == reduced
         assert sum(after["all_reduce"]) == 2 * reduced + small, "the forward again"
+    for forward, after in run_ranks(2, counted, "selective"):
+        assert sum(forward["all_reduce"]) == reduced
+        assert sum(after["all_reduce"]) == reduced + small, "sums are kept"
+        assert sum(after["all_gather_into_tensor"]) == gathered
 
 
 def bfloat16(tp: int) -> dict:
