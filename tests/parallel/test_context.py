@@ -2,6 +2,7 @@
 
 from collections import Counter
 from dataclasses import dataclass
+from functools import partial
 
 import pytest
 import torch
@@ -10,9 +11,9 @@ from helpers.ranks import run_ranks
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.distributed.device_mesh import init_device_mesh
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from flux_trainer.config.schema import ActivationCheckpoint
-from flux_trainer.parallel import gathered, remat
+from flux_trainer.parallel import gathered, ring, ulysses
 from flux_trainer.parallel.context import COLLECTIVES, ContextParallel
 from flux_trainer.parallel.group import shares
 
@@ -274,14 +275,15 @@ def blocks(compiled: bool) -> dict:
     (x,) = tokens(case, 1)
     x = x.flatten(2)
     want = step(Block(case.heads, case.dim), x)
-    remat.ATTENTION |= COLLECTIVES
+    kept = partial(create_selective_checkpoint_contexts, list(COLLECTIVES))
     for method in METHODS:
         cp = ContextParallel(dist.group.WORLD, method, case.heads)
         cp.begin(case.txt, case.img)
         for mode in ("full", "selective"):
             block = Block(case.heads, case.dim)
             block.attention = cp.attention
-            remat.apply_checkpointing([block], ActivationCheckpoint(mode=mode))
+            options = {"context_fn": kept} if mode == "selective" else {}
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False, **options)
             if compiled:
                 torch._dynamo.reset()
                 block.forward = torch.compile(block.forward, backend="aot_eager", fullgraph=True)
@@ -303,7 +305,7 @@ def test_checkpointing_and_compiling(compiled):
     """The same numbers; full recomputation repeats the forward's messages, the selective one none."""
     forward = {"ulysses": {"all_to_all": 2}, "ring": {"send": 2}, "allgather": {"all_gather": 2}}
     backward = {"ulysses": {"all_to_all": 2}, "ring": {"send": 4}, "allgather": {"reduce_scatter": 2}}
-    for result in run_ranks(2, blocks, compiled):
+    for result in run_ranks(2, blocks, compiled, timeout=60):
         for (method, mode), (error, calls) in result.items():
             assert error <= 1e-12, (method, mode, error)
             want = Counter(forward[method]) + Counter(backward[method])
@@ -335,9 +337,41 @@ def graphs(method: str) -> tuple[int, float]:
 @pytest.mark.parametrize("method", METHODS)
 def test_new_lengths_do_not_compile_anew(method):
     """One graph for the first length, one for all others, and one where a rank has a token more."""
-    for count, error in run_ranks(2, graphs, method):
+    for count, error in run_ranks(2, graphs, method, timeout=60):
         assert count <= 3
         assert error <= 1e-12
+
+
+def operators() -> bool:
+    """torch's own checks of an operator: its schema, and that shapes and strides foreseen come true."""
+    group = dist.group.WORLD
+    lengths, heads = [4, 3], 3
+    own, own_heads = lengths[group.rank()], shares(heads, 2)[group.rank()]
+    g = torch.Generator().manual_seed(group.rank())
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=g, dtype=torch.float64, requires_grad=True)
+
+    q, k, v = (random(2, own, heads, 4) for _ in range(3))
+    where = (lengths, group.group_name)
+    for operator, inputs in (
+        (ring.ring_attention, (q, k, v)),
+        (ulysses.scatter_heads, ([q, k, v],)),
+        (ulysses.gather_heads, (random(sum(lengths), 3, 2, own_heads, 4), heads)),
+        (gathered.gather_keys_values, (k, v)),
+        (gathered.reduce_keys_values, tuple(random(sum(lengths), 2, heads, 4).detach() for _ in range(2))),
+    ):
+        torch.library.opcheck(operator, (*inputs, *where))
+    out, lse = ring.ring_attention(q, k, v, *where)
+    inputs = (out, q, k, v, out, lse)
+    torch.library.opcheck(ring.ring_attention_backward, (*(x.detach() for x in inputs), *where))
+    return True
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_operators_are_what_the_compiler_takes_them_for():
+    assert all(run_ranks(2, operators))
 
 
 def test_shares_are_those_of_tensor_split():
