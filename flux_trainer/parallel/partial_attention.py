@@ -90,8 +90,9 @@ def partial_attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The given keys' share of dq, and their dk and dv: each [B, L, H, D], in q's dtype.
 
-    grad, out [B, L_q, H, D] and lse [B, H, L_q] (float32 or wider, contiguous) are those of the *whole*
-    attention, out in q's dtype; the others are as in `partial_attention`.
+    grad, out [B, L_q, H, D] and lse [B, H, L_q] (float32 or wider) are those of the *whole* attention, out
+    in q's dtype; the others are as in `partial_attention`. out and lse are contiguous: CUDA's kernels read
+    them without looking at strides.
     """
     grad, out = grad.transpose(1, 2), out.transpose(1, 2)
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # [B, H, L, D]
