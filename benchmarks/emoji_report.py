@@ -25,10 +25,8 @@ from flux_trainer.config.load import load_config
 from flux_trainer.config.schema import Source
 from flux_trainer.data.loader import ValidationLoader
 from flux_trainer.data.samples import Batch, ValidationSamples
-from flux_trainer.flow.timesteps import schedule
 from flux_trainer.flux import FluxTrainer
 from flux_trainer.metrics.pictures import grid
-from flux_trainer.validate import draw_pictures, validation_loss
 
 # Fixed in advance, so that nobody picks the best: every n-th line of each split.
 PICTURES = 16
@@ -95,16 +93,7 @@ def loader(trainer: FluxTrainer, sources: list[Source], count: int) -> Validatio
 
 
 def loss(trainer: FluxTrainer, batches: Iterable[Batch]) -> float:
-    losses = validation_loss(
-        batches,
-        trainer.encoders,
-        trainer.predict,
-        timesteps=trainer.config.validation.timesteps,
-        seed=trainer.config.debug.seed,
-        world=trainer.world,
-        dtype=trainer.wide,
-        bad_samples=trainer.bad_samples,
-    )
+    losses = trainer.losses(batches)
     return sum(losses) / len(losses)
 
 
@@ -127,22 +116,10 @@ def exchange(batches: list[Batch]) -> list[Batch]:
 
 def draw(trainer: FluxTrainer, sources: list[Source]) -> Image.Image:
     """Pairs of a drawn picture and the training image nearest to it, with their captions."""
-    section = trainer.config.validation
     chosen = [
         caption for batch in loader(trainer, sources, PICTURES) for caption in batch.captions if caption
     ]
-    drawn = draw_pictures(
-        chosen,
-        trainer.encoders,
-        trainer.predict,
-        shape=trainer.latent_shape,
-        times=schedule(section.denoising_steps, trainer.image_tokens),
-        cfg_scale=section.classifier_free_guidance_scale if section.enable_classifier_free_guidance else None,
-        batch_size=section.local_batch_size,
-        seed=trainer.config.debug.seed,
-        world=trainer.world,
-        dtype=trainer.wide,
-    )
+    drawn = trainer.draw(chosen)
     everything = loader(trainer, trainer.config.data.sources, -1)
     parts = [(batch.images[batch.valid], batch.captions) for batch in everything]
     images = torch.cat([images for images, _ in parts])  # [N, 3, H, W]

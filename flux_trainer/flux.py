@@ -8,7 +8,7 @@ with x_0 the autoencoder's latents. Noise, time and posterior sample are functio
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -262,54 +262,62 @@ class FluxTrainer(Trainer):
 
     def measure(self, prefix: str) -> dict[str, float]:
         """Figures of the present weights by name; their pictures go to disk and to the trackers."""
-        section, seed = self.config.validation, self.config.debug.seed
         figures: dict[str, float] = {}
         if self.held_out:
-            losses = validation_loss(
-                self.held_out,
-                partial(self.encode, batch_size=section.local_batch_size),
-                self.predict,
-                batch_size=section.local_batch_size,
-                timesteps=section.timesteps,
-                seed=seed,
-                world=self.world,
-                counts=self.mesh.rank(*SHARED) == 0,
-                dtype=self.wide,
-                bad_samples=self.bad_samples,
-            )
+            losses = self.losses(self.held_out)
             figures[f"{prefix}validation_loss"] = sum(losses) / len(losses)
             for i, loss in enumerate(losses):
                 t = (i + 0.5) / len(losses)
                 figures[f"{prefix}validation_loss_at/t{t:.3f}"] = loss
         if self.prompts:
-            pictures = draw_pictures(
-                self.prompts,
-                self.encoders,
-                self.predict,
-                shape=self.latent_shape,
-                times=schedule(
-                    section.denoising_steps,
-                    self.image_tokens,
-                    shift=self.config.model.flavor != "flux-schnell",
-                ),
-                cfg_scale=section.classifier_free_guidance_scale
-                if section.enable_classifier_free_guidance
-                else None,
-                batch_size=section.local_batch_size,
-                seed=seed,
-                world=self.world,
-                group=self.mesh.rank(*DATA),
-                groups=self.mesh.size(*DATA),
-                counts=self.mesh.rank(*SHARED) == 0,
-                dtype=self.wide,
-            )
+            pictures = self.draw(self.prompts)
             if self.world.rank == 0:
                 sheet = grid(pictures, self.prompts)
-                folder = self.dump_folder / section.save_img_folder
+                folder = self.dump_folder / self.config.validation.save_img_folder
                 folder.mkdir(parents=True, exist_ok=True)
                 sheet.save(folder / f"{prefix}step-{self.step:0{len(str(self.config.training.steps))}}.png")
                 self.writers.images(self.step, f"{prefix}pictures", sheet, self.prompts)
         return figures
+
+    def losses(self, batches: Iterable[Batch]) -> list[float]:
+        """The loss at each of the validation's timesteps on the samples of all ranks' `batches`."""
+        section = self.config.validation
+        return validation_loss(
+            batches,
+            partial(self.encode, batch_size=section.local_batch_size),
+            self.predict,
+            batch_size=section.local_batch_size,
+            timesteps=section.timesteps,
+            seed=self.config.debug.seed,
+            world=self.world,
+            counts=self.mesh.rank(*SHARED) == 0,
+            dtype=self.wide,
+            bad_samples=self.bad_samples,
+        )
+
+    def draw(self, prompts: Sequence[str]) -> Tensor:
+        """Pictures uint8 [len(prompts), 3, H, W], with the validation's settings; the same on every rank."""
+        section = self.config.validation
+        guided = section.enable_classifier_free_guidance
+        return draw_pictures(
+            prompts,
+            self.encoders,
+            self.predict,
+            shape=self.latent_shape,
+            times=schedule(
+                section.denoising_steps,
+                self.image_tokens,
+                shift=self.config.model.flavor != "flux-schnell",
+            ),
+            cfg_scale=section.classifier_free_guidance_scale if guided else None,
+            batch_size=section.local_batch_size,
+            seed=self.config.debug.seed,
+            world=self.world,
+            group=self.mesh.rank(*DATA),
+            groups=self.mesh.size(*DATA),
+            counts=self.mesh.rank(*SHARED) == 0,
+            dtype=self.wide,
+        )
 
     def outputs(self) -> dict[str, Path]:
         outputs = super().outputs()
