@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from functools import partial
+from types import MethodType
 from typing import Any
 
 import torch
@@ -15,15 +16,17 @@ from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from flux_trainer.config.schema import ActivationCheckpoint
+from flux_trainer.parallel.context import COLLECTIVES
 
 aten = torch.ops.aten
-# The dearest results to compute again: attention's output, on every backend, and tensor parallelism's sums.
+# The dearest results to compute again: attention's output, on every backend, and whatever has travelled.
 DEAR = {
     aten._scaled_dot_product_flash_attention.default,
     aten._scaled_dot_product_efficient_attention.default,
     aten._scaled_dot_product_cudnn_attention.default,
     aten._scaled_dot_product_flash_attention_for_cpu.default,
-    torch.ops._c10d_functional.all_reduce.default,
+    torch.ops._c10d_functional.all_reduce.default,  # tensor parallelism's sums
+    *COLLECTIVES,  # context parallelism's exchanges
 }
 MATMULS = {aten.mm.default, aten.addmm.default}
 
@@ -53,6 +56,11 @@ def apply_checkpointing(blocks: Iterable[nn.Module], section: ActivationCheckpoi
             options["context_fn"] = _selective_contexts
         else:
             every = int(section.selective_ac_option)
+
+    def recomputed(block: nn.Module, *args: Any) -> Any:
+        return checkpoint(partial(type(block).forward, block), *args, **options)
+
     for index, block in enumerate(blocks):
         if index % every == 0:
-            block.forward = partial(checkpoint, block.forward, **options)
+            # A method, not a closure over the block: compiled blocks of a kind then share a graph.
+            block.forward = MethodType(recomputed, block)
