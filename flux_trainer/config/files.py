@@ -13,10 +13,11 @@ Finding = tuple[str, str]
 """A key, and the sentence that goes on after "KEY = VALUE"."""
 
 _ENCODERS = {
-    "t5": "`hf download black-forest-labs/FLUX.1-dev --include 'text_encoder_2/*' 'tokenizer_2/*' "
-    "--local-dir assets/hf/FLUX.1-dev` brings assets/hf/FLUX.1-dev/text_encoder_2",
-    "clip": "`hf download openai/clip-vit-large-patch14 --include '*.json' '*.txt' model.safetensors "
-    "--local-dir assets/hf/clip-vit-large-patch14` brings assets/hf/clip-vit-large-patch14",
+    "t5": "`hf download black-forest-labs/FLUX.1-dev --include 'text_encoder_2/*' "
+    "--include 'tokenizer_2/*' --local-dir assets/hf/FLUX.1-dev` brings assets/hf/FLUX.1-dev/text_encoder_2",
+    "clip": "`hf download openai/clip-vit-large-patch14 --include '*.json' --include '*.txt' "
+    "--include model.safetensors --local-dir assets/hf/clip-vit-large-patch14` "
+    "brings assets/hf/clip-vit-large-patch14",
 }
 
 
