@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import atexit
 import signal
-import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
@@ -134,9 +133,6 @@ class TrainLoader:
         rank: number of the group of ranks that work on the same samples, among `world_size` such groups.
         shared_rank: number of this rank in its group of `shared_size`. Where the group's samples do not
             divide, its last sample fills up the parts of its last ranks.
-
-    `next_draw`: the first draw of the next global batch, all that a checkpoint needs.
-    `wait_seconds`: how long the last batch kept the caller waiting.
     """
 
     def __init__(
@@ -162,9 +158,6 @@ class TrainLoader:
         part = -(-n // shared_size)
         mine = [rank * n + min(i, n - 1) for i in range(shared_rank * part, (shared_rank + 1) * part)]
         starts = count(start_draw, global_batch_size)
-        self.global_batch_size = global_batch_size
-        self.next_draw = start_draw
-        self.wait_seconds = 0.0
         self._workers = Workers(
             samples,
             ([start + i for i in mine] for start in starts),
@@ -178,11 +171,7 @@ class TrainLoader:
         return self
 
     def __next__(self) -> Batch:
-        start = time.perf_counter()
-        batch = next(self._workers)
-        self.wait_seconds = time.perf_counter() - start
-        self.next_draw += self.global_batch_size
-        return batch
+        return next(self._workers)
 
     def close(self) -> None:
         """End the workers."""

@@ -43,8 +43,7 @@ class Purpose(IntEnum):
     SYNTHETIC = 11
     ENCODER = 12
     VAL_NOISE = 13
-    VAL_LATENT = 14
-    PICTURE = 15
+    PICTURE = 15  # 14 is free
 
 
 def _key(seed: int, purpose: Purpose) -> tuple[int, int]:
