@@ -2,26 +2,37 @@
 # Train: NGPU=8 CONFIG_FILE=my.toml LOG_RANK=0 ./run_train.sh --training.steps 10
 #
 #   NGPU           processes on this machine (default: the visible CUDA devices, else 1)
-#   CONFIG_FILE    TOML file; a,b layers several (default: the embedded data set, train_configs/emoji_tiny.toml)
+#   CONFIG_FILE    TOML file; a,b layers several; so does --job.config_file, given once for each
+#                  (default: the embedded data set, train_configs/emoji_tiny.toml)
 #   LOG_RANK       ranks whose output is shown, as 0 or 0,1 (default 0)
 #   NNODES, RDZV_ENDPOINT    several machines: their number, and host:port of one of them
 #   PYTHON         interpreter (default python3)
 #
-# All arguments are settings; --help lists them. Paths are relative to the folder it is called from. Only the default
-# run, which names the repository's own files, moves there: it works from anywhere, and your paths mean what you see.
+# All arguments are settings; --help lists them. Paths are relative to the folder it is called from; only the default
+# run, which names the repository's own files, moves there first.
 set -euo pipefail
 
 PYTHON=${PYTHON:-python3}
 NNODES=${NNODES:-1}
 LOG_RANK=${LOG_RANK:-0}
-if [ -z "${CONFIG_FILE:-}" ]; then
+for word in "$@"; do
+    case $word in
+        -h | --help) exec "$PYTHON" -m flux_trainer config "$@" ;;
+        --job.config_file | --job.config_file=*) own_file=1 ;;
+    esac
+done
+if [ "$NNODES" -gt 1 ] && [ -z "${RDZV_ENDPOINT:-}" ]; then
+    echo "NNODES=$NNODES machines need RDZV_ENDPOINT=HOST:PORT, the same on each of them: where they meet" >&2
+    exit 2
+fi
+
+if [ -z "${CONFIG_FILE:-}${own_file:-}" ]; then
     cd "$(dirname "${BASH_SOURCE[0]}")"
     CONFIG_FILE=./train_configs/emoji_tiny.toml
 fi
-
-for word in "$@"; do
-    case $word in -h | --help) exec "$PYTHON" -m flux_trainer config "$@" ;; esac
-done
+if [ -n "${CONFIG_FILE:-}" ]; then
+    set -- --job.config_file "$CONFIG_FILE" "$@"
+fi
 
 if [ -z "${NGPU:-}" ]; then
     if [ -n "${CUDA_VISIBLE_DEVICES+set}" ]; then
@@ -33,9 +44,9 @@ if [ -z "${NGPU:-}" ]; then
 fi
 
 # Mistakes in the settings are answered here, before torch is imported anywhere.
-"$PYTHON" -m flux_trainer config --quiet --ngpu "$((NGPU * NNODES))" --job.config_file "$CONFIG_FILE" "$@"
+"$PYTHON" -m flux_trainer config --quiet --ngpu "$((NGPU * NNODES))" "$@"
 
-# On a CPU, keep freed memory: glibc hands large blocks back to the system at once, and FSDP takes them anew each step.
+# On a CPU, keep freed memory: glibc hands large blocks back to the system at once, and each step takes them anew.
 if ! nvidia-smi -L >/dev/null 2>&1; then
     export MALLOC_MMAP_MAX_=${MALLOC_MMAP_MAX_:-0} MALLOC_TRIM_THRESHOLD_=${MALLOC_TRIM_THRESHOLD_:-17179869184}
 fi
@@ -58,4 +69,4 @@ if [ "$NGPU" -gt 1 ]; then
     threads=$((cores / NGPU))
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}
 fi
-exec "$PYTHON" -m torch.distributed.run "${launch[@]}" -m flux_trainer.train --job.config_file "$CONFIG_FILE" "$@"
+exec "$PYTHON" -m torch.distributed.run "${launch[@]}" -m flux_trainer.train "$@"

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -68,6 +69,7 @@ class FluxTrainer(Trainer):
         self.latent_side = config.training.img_size // 8
         self.image_tokens = (self.latent_side // 2) ** 2
         self.latent_shape = (16, self.latent_side, self.latent_side)
+        self.mixture = open_mixture(config.data.sources, config.debug.seed)
         super().__init__(config)
         self.wide = torch.promote_types(self.compute_dtype, torch.float32)  # of noise, latents and targets
         self.flow_loss = compile_loss(flow_loss, config.compile)
@@ -84,7 +86,7 @@ class FluxTrainer(Trainer):
         config = self.config
         samples = TrainSamples(
             config.data,
-            open_mixture(config.data.sources, config.debug.seed),
+            self.mixture,
             image_size=config.training.img_size,
             seed=config.debug.seed,
             dropout_prob=config.training.classifier_free_guidance_prob,
@@ -224,6 +226,10 @@ class FluxTrainer(Trainer):
             (target,) = self.context.split(target)
         v = self.tokens(b.x_t, b.t, b.txt, b.vec)
         return self.flow_loss(v, target, b.weight, self.global_batch_size, elements)
+
+    def identity(self) -> dict[str, Any]:
+        contents = [source.fingerprint for source in self.mixture.sources]
+        return {**super().identity(), "data.contents": contents}
 
     # Validation.
 

@@ -6,9 +6,11 @@ that workers can inherit or unpickle it. A new kind is a class like these and a 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from array import array
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -33,6 +35,8 @@ class ImageSource(Protocol):
     """A random-access list of captioned images. `source[i]` raises BadSample where item i cannot be used."""
 
     name: str
+    fingerprint: str
+    """Of the list: it changes when an index may mean another sample. Contents of images are not looked at."""
 
     def __len__(self) -> int: ...
 
@@ -73,6 +77,7 @@ class FolderSource:
             for file in files
             if os.path.splitext(file)[1].lower() in EXTENSIONS and not file.startswith(".")
         )
+        self.fingerprint = digest(os.fsencode(file) + b"\n" for file in self.files)
 
     def __len__(self) -> int:
         return len(self.files)
@@ -96,12 +101,17 @@ class JsonlSource:
         self.name = f"jsonl {path}"
         self.path, self.image_key, self.caption_key = path, image_key, caption_key
         self.offsets = array("q")  # of lines that are not blank, in bytes
-        position = 0
-        with open(path, "rb") as file:
-            for line in file:
-                if not line.isspace():
-                    self.offsets.append(position)
-                position += len(line)
+
+        def lines() -> Iterator[bytes]:
+            position = 0
+            with open(path, "rb") as file:
+                for line in file:
+                    if not line.isspace():
+                        self.offsets.append(position)
+                        yield line
+                    position += len(line)
+
+        self.fingerprint = digest(lines())
 
     def __len__(self) -> int:
         return len(self.offsets)
@@ -148,6 +158,7 @@ class HuggingFaceSource:
                 raise DataError(f'{self.name} has no column "{key}"; it has: {columns}. Set {setting}.')
         table = table.select_columns([image_key, caption_key])
         self.table = table.cast_column(image_key, datasets.Image(decode=False))  # rows give the file's bytes
+        self.fingerprint = f"{len(table)} rows"
 
     def __len__(self) -> int:
         return len(self.table)
@@ -170,6 +181,7 @@ class SyntheticSource:
     def __init__(self, size: int) -> None:
         self.name = "synthetic"
         self.size = size
+        self.fingerprint = f"{size} samples"
 
     def __len__(self) -> int:
         return self.size
@@ -179,6 +191,14 @@ class SyntheticSource:
         colours = uniform(0, Purpose.SYNTHETIC, torch.tensor([index]), shape)[0] * 256
         name = f"synthetic sample {index}"
         return RawSample(Image.fromarray(colours.to(torch.uint8).numpy()), name, name)
+
+
+def digest(parts: Iterable[bytes]) -> str:
+    """A short hash of the parts put together."""
+    state = hashlib.blake2b(digest_size=8)
+    for part in parts:
+        state.update(part)
+    return state.hexdigest()
 
 
 def read(path: str) -> bytes:

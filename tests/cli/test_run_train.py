@@ -120,3 +120,20 @@ def test_the_default_run_moves_to_the_repository(run, tmp_path):
     folder, call, *_ = done.stdout.splitlines()
     assert folder == str(repository)
     assert call.endswith("--job.config_file ./train_configs/emoji_tiny.toml")
+
+
+def test_a_file_given_as_a_setting_replaces_the_default(run):
+    for words in (["--job.config_file", "a.toml"], ["--job.config_file=a.toml"]):
+        done = run(*words, NGPU="1")
+        assert done.returncode == 0, done.stderr
+        assert "emoji_tiny" not in done.stdout
+    assert (
+        "a.toml --training.steps 3"
+        in run("--job.config_file", "a.toml", "--training.steps", "3", NGPU="1").stdout
+    )
+
+
+def test_several_machines_need_a_place_to_meet(run):
+    done = run(CONFIG_FILE="a.toml", NGPU="1", NNODES="2")
+    assert done.returncode == 2
+    assert "RDZV_ENDPOINT=HOST:PORT" in done.stderr

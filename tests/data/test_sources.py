@@ -178,3 +178,20 @@ def test_hugging_face_load_dataset_of_a_parquet_file(
     assert source[1].caption == "one"
     assert isinstance(source[0].image, bytes)
     assert Image.open(io.BytesIO(source[0].image)).size == (24, 16)
+
+
+def test_a_fingerprint_tells_lists_apart(folder: Path, picture: Picture, tmp_path: Path) -> None:
+    """It changes with what an index means: a file more, another caption in a line; not with the place."""
+    before = FolderSource(str(folder)).fingerprint
+    assert FolderSource(str(folder)).fingerprint == before
+    picture(9).save(folder / "b/0.png")
+    assert FolderSource(str(folder)).fingerprint != before
+
+    lines = tmp_path / "a.jsonl"
+    lines.write_text('{"file_name": "a", "text": "x"}\n')
+    first = JsonlSource(str(lines), "file_name", "text").fingerprint
+    (tmp_path / "copy.jsonl").write_text("\n" + lines.read_text())  # a blank line is no sample
+    assert JsonlSource(str(tmp_path / "copy.jsonl"), "file_name", "text").fingerprint == first
+    lines.write_text('{"file_name": "a", "text": "y"}\n')
+    assert JsonlSource(str(lines), "file_name", "text").fingerprint != first
+    assert SyntheticSource(3).fingerprint != SyntheticSource(4).fingerprint

@@ -4,6 +4,7 @@ import pytest
 import torch
 from helpers.ranks import run_ranks
 from helpers.tiny_run import TinyTrainer, tiny_config, train
+from PIL import Image
 
 from flux_trainer.checkpoint.errors import CheckpointError
 
@@ -142,3 +143,17 @@ def test_a_step_that_logs_nothing_never_waits_for_the_gpu(tmp_path):
     finally:
         torch.cuda.set_sync_debug_mode("default")
         trainer.loader.close()
+
+
+def test_a_resume_over_changed_data_is_refused(tmp_path):
+    """A picture more in a folder, and every later draw would be another sample."""
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    for i in range(3):
+        Image.new("RGB", (16, 16), (80 * i, 0, 0)).save(pictures / f"{i}.png")
+        (pictures / f"{i}.txt").write_text(f"picture {i}")
+    flags = ["--checkpoint.enable", "--data.sources.0.type=folder", f"--data.sources.0.path={pictures}"]
+    train(tmp_path, *flags, "--training.steps=1")
+    Image.new("RGB", (16, 16)).save(pictures / "00.png")
+    with pytest.raises(CheckpointError, match=r"data\.contents\[0\]"):
+        train(tmp_path, *flags, "--training.steps=2")
