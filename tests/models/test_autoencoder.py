@@ -1,17 +1,20 @@
-"""The autoencoder against golden files written by BFL's code, and the errors of loading one."""
+"""The autoencoder against golden files of BFL's code, the errors of loading one, and the committed one."""
 
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from flux_trainer.models.autoencoder import AutoEncoder, AutoEncoderConfig
 from flux_trainer.models.load_autoencoder import load_autoencoder
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "flux1_ae"
-COMMITTED = Path(__file__).parents[2] / "assets" / "autoencoder" / "ae.safetensors"
+ASSETS = Path(__file__).parents[2] / "assets"
+COMMITTED = ASSETS / "autoencoder" / "ae.safetensors"
 TOLERANCE = {"atol": 2e-5, "rtol": 1e-5}
 
 
@@ -129,3 +132,37 @@ def test_damaged_files_are_named(folder):
     (folder / "ae.safetensors").write_bytes(b"not a safetensors file")
     with pytest.raises(ValueError, match="not a readable safetensors file"):
         load_autoencoder(folder / "ae.safetensors")
+
+
+def pictures(split, every):
+    """Pictures of a split, one of every `every`, at 64 px: [N, 3, 64, 64] in [-1, 1]."""
+    lines = (ASSETS / "emoji" / f"{split}.jsonl").read_text(encoding="utf-8").splitlines()
+    names = [json.loads(line)["file_name"] for line in lines[::every]]
+    images = [Image.open(ASSETS / "emoji" / name).convert("RGB") for name in names]
+    pixels = [np.asarray(image.resize((64, 64), Image.Resampling.LANCZOS)) for image in images]
+    return torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2) / 127.5 - 1
+
+
+def test_the_committed_file_is_small_and_bfloat16():
+    assert COMMITTED.stat().st_size <= 6e6
+    assert {weight.dtype for weight in load_file(COMMITTED).values()} == {torch.bfloat16}
+
+
+@torch.no_grad()
+def test_committed_latents_have_mean_0_and_deviation_1():
+    """What its shift and scale are for: sampled latents of training pictures, all elements together."""
+    images = pictures("train", every=20)
+    noise = torch.randn(len(images), 16, 8, 8, generator=torch.Generator().manual_seed(0))
+    latents = load_autoencoder(COMMITTED).encode(images, noise)
+    assert latents.shape == noise.shape
+    assert latents.mean().item() == pytest.approx(0, abs=0.05)
+    assert latents.std().item() == pytest.approx(1, abs=0.05)
+
+
+@torch.no_grad()
+def test_the_committed_one_draws_held_out_pictures():
+    model = load_autoencoder(COMMITTED)
+    images = pictures("validation", every=4)
+    error = (model.decode(model.encode(images)).clamp(-1, 1) - images) / 2  # of pictures in [0, 1]
+    psnr = -10 * error.square().mean().log10().item()
+    assert psnr > 26
