@@ -26,6 +26,9 @@ from flux_trainer.models.layers import (
 
 TIME_DIM = 256  # sinusoids of timestep and guidance
 
+State = tuple[Tensor, Tensor, Tensor]
+"""What goes from block to block: img [B, L_img, h], txt [B, L_txt, h], vec [B, h]."""
+
 
 @dataclass(frozen=True)
 class Flux1Config:
@@ -180,6 +183,9 @@ class SingleStreamBlock(nn.Module):
 class Flux1Model(nn.Module):
     """The velocity field of FLUX.1, for packed latents."""
 
+    HEAD = ("final_layer",)
+    """The children that come after the blocks; all other children but the blocks come before them."""
+
     def __init__(self, config: Flux1Config) -> None:
         super().__init__()
         self.config = config
@@ -193,7 +199,7 @@ class Flux1Model(nn.Module):
         self.single_blocks = nn.ModuleList(
             SingleStreamBlock(config) for _ in range(config.depth_single_blocks)
         )
-        self.final_layer = LastLayer(h, config.out_channels)
+        self.final_layer: LastLayer | None = LastLayer(h, config.out_channels)
 
     def forward(
         self,
@@ -204,14 +210,30 @@ class Flux1Model(nn.Module):
         timesteps: Tensor,
         y: Tensor,
         guidance: Tensor | None = None,
-    ) -> Tensor:
+        state: State | None = None,
+    ) -> Tensor | State:
         """Velocity [B, L_img, out_channels] in the weights' dtype.
 
         img [B, L_img, in_channels], txt [B, L_txt, context_in_dim] and y [B, vec_in_dim] in any dtype;
         img_ids and txt_ids [B, L, axes], timesteps [B] in [0, 1] and guidance [B] (say 3.5) in float32 or
         wider, because bf16 cannot hold 1000 t or positions above 256. A model without guidance embedding
         ignores guidance; one with it raises ValueError when it gets None.
+
+        Of a model that was cut into stages (`HEAD`), all but the first go on from `state`, what the stage
+        before returned, and all but the last return theirs.
         """
+        img, txt, vec = state or self.embed(img, txt, timesteps, y, guidance)
+        pe = rope_table(torch.cat((txt_ids, img_ids), dim=1), self.config.axes_dim, self.config.theta)
+        for block in self.double_blocks:
+            img, txt = block(img, txt, vec, pe)
+        x = torch.cat((txt, img), dim=1)  # [B, L_txt + L_img, h]
+        for block in self.single_blocks:
+            x = block(x, vec, pe)
+        txt, img = x.split((txt.shape[1], img.shape[1]), dim=1)
+        return (img, txt, vec) if self.final_layer is None else self.final_layer(img, vec)
+
+    def embed(self, img: Tensor, txt: Tensor, timesteps: Tensor, y: Tensor, guidance: Tensor | None) -> State:
+        """Tokens [B, L_img, h] and [B, L_txt, h], and the vector [B, h] that modulates every block."""
         dtype = self.img_in.weight.dtype  # inside forward: FSDP has the low-precision weights in place
         vec = self.time_in(timestep_embedding(timesteps, TIME_DIM).to(dtype))
         if self.guidance_in is not None:
@@ -222,21 +244,13 @@ class Flux1Model(nn.Module):
                 )
             vec = vec + self.guidance_in(timestep_embedding(guidance, TIME_DIM).to(dtype))
         vec = vec + self.vector_in(y.to(dtype))
-        pe = rope_table(torch.cat((txt_ids, img_ids), dim=1), self.config.axes_dim, self.config.theta)
-
-        img, txt = self.img_in(img.to(dtype)), self.txt_in(txt.to(dtype))
-        for block in self.double_blocks:
-            img, txt = block(img, txt, vec, pe)
-        x = torch.cat((txt, img), dim=1)  # [B, L_txt + L_img, h]
-        for block in self.single_blocks:
-            x = block(x, vec, pe)
-        return self.final_layer(x[:, txt.shape[1] :], vec)
+        return self.img_in(img.to(dtype)), self.txt_in(txt.to(dtype)), vec
 
     def blocks(self) -> Iterator[tuple[str, nn.Module]]:
         """(name, module) of the double-stream blocks, then the single-stream blocks, in forward order."""
         for kind in ("double_blocks", "single_blocks"):
-            for i, block in enumerate(getattr(self, kind)):
-                yield f"{kind}.{i}", block
+            for number, block in getattr(self, kind).named_children():
+                yield f"{kind}.{number}", block
 
     def init_distributions(self) -> dict[str, Distribution]:
         """Initial values by parameter name, in the manner of DiT.
