@@ -35,6 +35,7 @@ def shard(
         reduce_dtype: dtype in which gradients are summed; None: as computed.
         reshard_after_forward: free a block's gathered weights between its forward and its backward.
     """
+    blocks = list(blocks)
     policy = MixedPrecisionPolicy(
         param_dtype=param_dtype, reduce_dtype=reduce_dtype, cast_forward_inputs=False
     )
@@ -46,6 +47,10 @@ def shard(
         if isinstance(module, FSDPModule):
             module.set_force_sum_reduction_for_comms(True)
             module.set_gradient_divide_factor(1.0)
+    if blocks:
+        # By itself FSDP gathers during a block's backward what ran before it in forward. Before the first
+        # block of a pipeline's stage that was its last, for another micro-batch; the root is there anyway.
+        blocks[0].set_modules_to_backward_prefetch([model])  # type: ignore[operator]
 
 
 def reshard(model: nn.Module) -> None:

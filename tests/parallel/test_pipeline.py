@@ -1,0 +1,356 @@
+"""A pipeline computes what one process does: gradients in float64, losses and predictions."""
+
+import os
+import signal
+import time
+
+import pytest
+import torch
+import torch.distributed as dist
+from helpers.ranks import run_ranks
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from flux_trainer.config.schema import ActivationCheckpoint, Compile, Parallelism
+from flux_trainer.flow.latents import image_ids, text_ids
+from flux_trainer.models.flops import macs
+from flux_trainer.models.flux1 import Flux1Config, Flux1Model
+from flux_trainer.models.init import Normal
+from flux_trainer.parallel.cast import read_as
+from flux_trainer.parallel.compile import compile_blocks
+from flux_trainer.parallel.cut import take
+from flux_trainer.parallel.fsdp import reshard, shard
+from flux_trainer.parallel.init import init_weights
+from flux_trainer.parallel.mesh import build_mesh
+from flux_trainer.parallel.pipeline import Pipeline
+from flux_trainer.parallel.remat import apply_checkpointing
+from flux_trainer.parallel.stages import spans
+from flux_trainer.runtime.dist import PeerLost
+
+CONFIG = Flux1Config(
+    in_channels=64,
+    out_channels=64,
+    vec_in_dim=12,
+    context_in_dim=20,
+    hidden_size=16,
+    mlp_ratio=2.0,
+    num_heads=2,
+    depth=2,
+    depth_single_blocks=4,
+    axes_dim=(2, 2, 4),
+    theta=10000,
+    qkv_bias=True,
+    guidance_embed=True,
+)
+MICRO_BATCHES = 4
+SMALL = {"size": 1, "text": 4, "width": 4}  # another shape than the default one of `micro_batches`
+
+
+def meta_model(dtype=torch.float64) -> Flux1Model:
+    torch.set_default_dtype(dtype)
+    with torch.device("meta"):
+        model = Flux1Model(CONFIG)
+    torch.set_default_dtype(torch.float32)
+    return model
+
+
+def fill(part: torch.nn.Module) -> None:
+    """Random values in every parameter: zero gates would hide mistakes."""
+    part.to_empty(device="cpu")
+    init_weights(part, {name: Normal(0.3) for name, _ in part.named_parameters()}, seed=1)
+
+
+def micro_batches(group: int = 0, size: int = 2, text: int = 5, width: int = 6) -> list[dict[str, Tensor]]:
+    """The micro-batches of the ranks that work on the same samples."""
+    g = torch.Generator().manual_seed(group)
+    r = lambda *shape: torch.randn(*shape, generator=g, dtype=torch.float64)  # noqa: E731
+    return [
+        {
+            "img": r(size, width, 64),
+            "img_ids": image_ids(size, 4, width, torch.device("cpu")),
+            "txt": r(size, text, 20),
+            "txt_ids": text_ids(size, text, torch.device("cpu")),
+            "timesteps": torch.rand(size, generator=g, dtype=torch.float64),
+            "y": r(size, 12),
+            "guidance": torch.full((size,), 3.5, dtype=torch.float64),
+        }
+        for _ in range(MICRO_BATCHES)
+    ]
+
+
+def loss(output: Tensor, number: int) -> Tensor:
+    """Another one for each micro-batch."""
+    return (output**2).sum() * (number + 1) / 7
+
+
+def whole(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.clone()
+
+
+def one_process(groups: int = 1, **shape: int) -> dict[str, Tensor]:
+    """What the pipeline must reproduce: gradients by name, the sum of the losses, and a prediction."""
+    model = meta_model()
+    fill(model)
+    total = 0.0
+    for group in range(groups):
+        for number, inputs in enumerate(micro_batches(group, **shape)):
+            each = loss(model(**inputs), number)
+            each.backward()
+            total = total + each.detach()
+    gradients = {name: p.grad for name, p in model.named_parameters()}
+    with torch.no_grad():
+        return gradients | {"loss": total, "prediction": model(**micro_batches(0, **shape)[1])}
+
+
+def pipeline_of(
+    parallelism: dict, schedule: str, remat="none", compile=False, hold=False, dtype=torch.float64
+):
+    """A pipeline with random weights on this process's mesh, and the mesh."""
+    mesh = build_mesh(Parallelism(**parallelism), dist.get_world_size(), "cpu")
+    assert mesh.pp is not None
+    cost = macs(CONFIG, 6, 5)
+    pipeline = Pipeline(
+        meta_model(),
+        spans(schedule, mesh.sizes["pp"], cost.blocks, cost.inputs + cost.embedders, cost.head),
+        mesh.pp,
+        schedule=schedule,
+        device=torch.device("cpu"),
+        dtype=dtype,
+        hold=hold,
+    )
+    for part in pipeline.parts:
+        blocks = [block for _, block in part.blocks()]
+        apply_checkpointing(blocks, ActivationCheckpoint(mode=remat))
+        compile_blocks(blocks, Compile(enable=compile, backend="aot_eager"))
+        if mesh.fsdp.size() > 1:
+            shard(part, blocks, mesh.fsdp, param_dtype=dtype, reshard_after_forward=not hold)
+        elif dtype != torch.float64:
+            read_as(part, dtype)
+        fill(part)
+    return pipeline, mesh
+
+
+def on_a_rank(cases: list[dict]) -> list[list[dict[str, Tensor]]]:
+    """By case and step: this rank's gradients, its share of the loss, and the first group's prediction."""
+    results = []
+    for case in cases:
+        pipeline, mesh = pipeline_of(**case)
+        results.append([])
+        for shape in shapes_of(case):
+            mine = micro_batches(mesh.rank("dp_replicate", "dp_shard"), **shape)
+            result = {"loss": pipeline.forward_backward(mine, loss)}
+            for part in pipeline.parts:
+                for name, parameter in part.named_parameters():
+                    gathered = mesh.fsdp.size() > 1 and not isinstance(parameter, DTensor)
+                    assert not gathered, f"{name} is still whole after the step"
+                    result[name] = whole(parameter.grad)
+                    parameter.grad = None
+            result["prediction"] = pipeline.predict(micro_batches(0, **shape)[1])
+            for part in pipeline.parts:
+                reshard(part)
+            results[-1].append(result)
+    return results
+
+
+def shapes_of(case: dict) -> list[dict]:
+    """Of the micro-batches of each step; each compiled graph takes seconds."""
+    return [{}] if case.get("compile") else [{}, SMALL, {}]
+
+
+def check(results: list[dict[str, Tensor]], want: dict[str, Tensor], ranks_per_stage: int) -> None:
+    """Compare what all ranks have with what one process has."""
+    names = [name for rank in results for name in rank]
+    assert sorted(names) == sorted(
+        [name for name in want if "." in name] * ranks_per_stage + ["loss", "prediction"] * len(results)
+    )
+    assert sum(rank["loss"].item() for rank in results) == pytest.approx(want["loss"].item(), rel=1e-12)
+    for rank in results:
+        for name in rank.keys() - {"loss"}:
+            error = (rank[name] - want[name]).abs().max() / want[name].abs().max()
+            assert error <= 1e-11, (name, error)
+
+
+TWO = {"pipeline_parallel_degree": 2}
+FOUR = {"pipeline_parallel_degree": 4}
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(
+    ("ranks", "cases"),
+    [
+        (
+            2,
+            [
+                {"parallelism": TWO, "schedule": "1F1B"},
+                {"parallelism": TWO, "schedule": "Interleaved1F1B"},
+                {"parallelism": TWO, "schedule": "Interleaved1F1B", "remat": "full"},
+            ],
+        ),
+        pytest.param(
+            2,
+            [{"parallelism": TWO, "schedule": "1F1B", "remat": "full", "compile": True}],
+            marks=pytest.mark.slow,
+        ),
+        (
+            4,
+            [
+                {"parallelism": FOUR, "schedule": "1F1B"},
+                {"parallelism": TWO, "schedule": "1F1B"},
+                {"parallelism": TWO, "schedule": "1F1B", "hold": True, "remat": "full"},
+                {"parallelism": TWO, "schedule": "Interleaved1F1B", "remat": "full"},
+                {"parallelism": TWO, "schedule": "Interleaved1F1B", "hold": True},
+                {"parallelism": {**TWO, "data_parallel_replicate_degree": 2}, "schedule": "1F1B"},
+            ],
+        ),
+    ],
+    ids=("2 ranks", "compiled", "4 ranks"),
+)
+def test_gradients_losses_and_predictions_equal_one_process(ranks, cases):
+    results = run_ranks(ranks, on_a_rank, cases, timeout=60)
+    want = {(groups, str(shape)): one_process(groups, **shape) for groups in (1, 2) for shape in ({}, SMALL)}
+    for number, case in enumerate(cases):
+        groups = ranks // case["parallelism"]["pipeline_parallel_degree"]
+        for step, shape in enumerate(shapes_of(case)):
+            got = [rank[number][step] for rank in results]
+            check(got, want[groups, str(shape)], ranks_per_stage=groups)
+
+
+def narrow_on_a_rank(parallelism: dict, schedule: str) -> list[Tensor]:
+    """This rank's share of the loss, and the prediction, computed in bfloat16."""
+    pipeline, _ = pipeline_of(parallelism, schedule, dtype=torch.bfloat16)
+    total = pipeline.forward_backward(micro_batches(), loss)
+    return [total, pipeline.predict(micro_batches()[1])]
+
+
+@pytest.mark.distributed
+def test_states_travel_in_the_dtype_of_the_computation():
+    """No bit of the forward pass changes; with one rank per stage, and with FSDP."""
+    model = meta_model()
+    fill(model)
+    read_as(model, torch.bfloat16)
+    with torch.no_grad():
+        outputs = [model(**inputs) for inputs in micro_batches()]
+    want = sum(loss(output, number).float() for number, output in enumerate(outputs))
+    for ranks, schedule in ((2, "Interleaved1F1B"), (4, "1F1B")):
+        results = run_ranks(ranks, narrow_on_a_rank, TWO, schedule)
+        assert results[-1][0].item() == want.item()
+        for _, prediction in results:
+            assert prediction.dtype == torch.bfloat16
+            assert torch.equal(prediction, outputs[1])
+
+
+class Traffic(TorchDispatchMode):
+    """Counts elements sent to neighbours, and the collectives of FSDP."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sent, self.gathers, self.reductions = 0, 0, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = str(func)
+        if name == "c10d.send.default":
+            self.sent += sum(t.numel() for t in args[0] if t.dtype == torch.float64)
+        self.gathers += "allgather" in name
+        self.reductions += "reduce_scatter" in name
+        return func(*args, **(kwargs or {}))
+
+
+def traffic_on_a_rank() -> list[list[int]]:
+    counts = []
+    for schedule, hold in (("1F1B", False), ("1F1B", True), ("Interleaved1F1B", False)):
+        pipeline, _ = pipeline_of(TWO, schedule, hold=hold)
+        pipeline.forward_backward(micro_batches(), loss)  # the first step with a shape prepares for it
+        with Traffic() as step:
+            pipeline.forward_backward(micro_batches(), loss)
+        with Traffic() as prediction:
+            pipeline.predict(micro_batches()[0])
+        counts.append([step.sent, step.gathers, step.reductions, prediction.sent])
+    return counts
+
+
+@pytest.mark.distributed
+def test_traffic_is_what_the_formula_says():
+    results = run_ranks(4, traffic_on_a_rank)
+    state = 2 * (5 + 6 + 1) * 16  # B (L + 1) h
+    n, blocks, roots = MICRO_BATCHES, 6, 2  # both stages together
+    for number, stages in enumerate((2, 2, 4)):
+        per_chain = [[sum(rank[number][i] for rank in results) // 2 for i in (0, 3)]]
+        assert per_chain == [[2 * n * (stages - 1) * state, (stages - 1) * state]]
+    first, last = (results[rank] for rank in (0, 2))
+    # Blocks are gathered for each forward and backward; what lies at the ends stays gathered from its forward
+    # to its backward. The first stage has embedders, the last the head.
+    both = [[a + b for a, b in zip(first[number], last[number], strict=True)] for number in range(3)]
+    assert both[0][1:3] == [n * (2 * blocks + roots), n * (blocks + roots)]
+    assert both[1][1:3] == [blocks + roots, blocks + roots], "once in a step"
+    assert both[2][1:3] == [n * (2 * blocks + roots), n * (blocks + roots)]
+
+
+def lose_a_peer(hung: float) -> str | None:
+    """Rank 1, which has the last stage, stops in its first step, and dies some seconds later."""
+    pipeline, _ = pipeline_of(TWO, "1F1B")
+
+    def last(output: Tensor, number: int) -> Tensor:
+        time.sleep(hung)
+        os.kill(os.getpid(), signal.SIGKILL)
+        raise AssertionError
+
+    start = time.monotonic()
+    try:
+        pipeline.forward_backward(micro_batches(), last)
+    except PeerLost as error:
+        return f"after {time.monotonic() - start:.1f} s: {error}"
+    return None
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(
+    ("hung", "timeout"), [(0.0, 60.0), pytest.param(14.0, 10.0, marks=pytest.mark.slow)], ids=("dead", "hung")
+)
+def test_a_lost_peer_is_reported_with_its_stage(hung, timeout):
+    message = run_ranks(2, lose_a_peer, hung, timeout=timeout, lost={1})[0]
+    assert "noticed by stage 0 of 2, whose neighbours are stage 1 on rank 1" in message
+    assert float(message.split()[1]) < 12
+
+
+def fail(how: str) -> str | None:
+    """An error of this rank's own work; None where there is none."""
+    pipeline, _ = pipeline_of(TWO, "1F1B")
+    inputs = micro_batches()
+    if how == "loss":
+
+        def last(output: Tensor, number: int) -> Tensor:
+            raise RuntimeError("this loss is too hard")
+    else:
+        inputs = [{**each, "guidance": None} for each in inputs]
+        last = loss
+    try:
+        pipeline.forward_backward(inputs, last)
+    except PeerLost:
+        return "PeerLost"
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+@pytest.mark.distributed
+def test_an_error_of_the_model_or_the_loss_is_no_lost_peer():
+    """A wrong input is noticed on every rank, for all of them compute the shapes."""
+    for message in run_ranks(2, fail, "guidance"):
+        assert message.startswith("ValueError: This model has a guidance embedding")
+    assert run_ranks(2, fail, "loss", lost={0})[1] == "RuntimeError: this loss is too hard"
+
+
+def test_parts_keep_names_and_leave_nothing_out_and_nothing_else_in():
+    model = meta_model()
+    cuts = spans("Interleaved1F1B", 2, [1] * 6)
+    parts = [take(model, cut, embedders=i == 0, head=i == 3) for i, cut in enumerate(cuts)]
+    names = [[name for name, _ in part.named_parameters()] for part in parts]
+    together = [name for part in names for name in part]
+    assert sorted(together) == sorted(name for name, _ in model.named_parameters())
+    assert [name for part in parts for name, _ in part.blocks()] == [name for name, _ in model.blocks()]
+    assert {name.split(".")[0] for name in names[0]} == {
+        *("img_in", "time_in", "vector_in", "guidance_in", "txt_in", "double_blocks")
+    }
+    assert {name.split(".")[0] for name in names[3]} == {"single_blocks", "final_layer"}
+    assert len(list(model.blocks())) == 6, "the model itself is left alone"
