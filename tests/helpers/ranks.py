@@ -29,8 +29,10 @@ _PRELOADED = [
     "torch._dynamo",  # what fully_shard imports at its first call
     "torch.distributed.fsdp",
     "torch.distributed.checkpoint",
-    "flux_trainer.checkpoint.manager",
+    "flux_trainer.flux",  # with all it needs
     "flux_trainer.runtime.signals",
+    "transformers.models.clip.modeling_clip",  # what a run imports when it builds the text encoders
+    "transformers.models.t5.modeling_t5",
 ]
 
 

@@ -52,7 +52,7 @@ class Row:
     def __str__(self) -> str:
         names = ("shard", "replicate", "cp", "tp", "pp")
         degrees = [f"{name}{getattr(self, name)}" for name in names if getattr(self, name) > 1]
-        return "-".join([*degrees, *(str(v) for v in self.more.values())])
+        return "-".join([*degrees, *(str(v) for v in self.more.values())]) or "one"
 
 
 def method(name: str) -> dict[str, str]:
@@ -81,7 +81,7 @@ class Recorder(TinyTrainer):
 
     def forward_backward(self, micro_batches):
         loss = super().forward_backward(micro_batches)
-        if self.step == 0:
+        if not hasattr(self, "first_gradients"):
             self.first_gradients = {
                 name: parts(p.grad, self.layouts.get(name)) for name, p in self.parameters.items()
             }
@@ -202,3 +202,26 @@ def test_bfloat16_follows_the_float32_curve(row, single, tmp_path):
     want = torch.tensor(column(single("float32")[0], "loss"))
     error = (torch.tensor(column(ranks[0], "loss")) - want).abs() / want
     assert error.max() < 0.02
+
+
+ELASTIC = [
+    (Row(cp=2, tp=2), Row(shard=2)),
+    (Row(shard=2, replicate=2), Row(tp=2)),
+    (Row(tp=2), Row()),
+]
+
+
+@pytest.mark.distributed
+@pytest.mark.mesh
+@pytest.mark.parametrize("rows", ELASTIC, ids=lambda rows: f"{rows[0]}-to-{rows[1]}")
+def test_a_checkpoint_goes_on_on_any_other_mesh(rows, single, tmp_path):
+    """Half of the steps on one mesh, half on another, optimizer state and EMA included."""
+    first, second = rows
+    half = [f"--training.steps={STEPS // 2}", f"--lr_scheduler.total_steps={STEPS}", "--checkpoint.enable"]
+    run_ranks(first.ranks, run, tmp_path, "float64", *first.flags(), *half, timeout=60)
+    flags = [*second.flags(), "--checkpoint.enable"]
+    ranks = run_ranks(second.ranks, run, tmp_path, "float64", *flags, timeout=60)
+    one, _ = single("float64")
+    assert worst(whole(ranks, "parameters"), whole([one], "parameters")) <= 1e-10
+    for key in ("loss", "grad_norm", "ema_validation_loss"):
+        assert column(ranks[0], key)[-1] == pytest.approx(column(one, key)[-1], rel=1e-10), key
