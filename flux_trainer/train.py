@@ -37,7 +37,7 @@ def train(config: JobConfig) -> int:
 
     from flux_trainer.checkpoint.errors import CheckpointError
     from flux_trainer.flux import FluxTrainer
-    from flux_trainer.runtime.dist import PeerLost
+    from flux_trainer.runtime.dist import PeerLost, tells_of_lost_peer
 
     @record
     def run() -> None:
@@ -49,6 +49,11 @@ def train(config: JobConfig) -> int:
         run()
     except (ValueError, FileNotFoundError, CheckpointError, PeerLost) as error:
         logger.error(str(error))
+        return 1
+    except RuntimeError as error:
+        if not tells_of_lost_peer(error):
+            raise
+        logger.error(f"Another rank is gone or hung; noticed in the middle of a step: {error}")
         return 1
     return 0
 

@@ -34,7 +34,7 @@ from flux_trainer.models.init import Distribution
 from flux_trainer.optim.build import build_optimizer, optimizer_tensors, set_lr
 from flux_trainer.optim.build import step as optimizer_step
 from flux_trainer.optim.ema import EMA
-from flux_trainer.optim.guard import Guard, clip_grad_norm
+from flux_trainer.optim.guard import Guard, SkippedTooOften, clip_grad_norm
 from flux_trainer.optim.schedule import lr_factor
 from flux_trainer.parallel.apply import parallelize
 from flux_trainer.parallel.fsdp import defer_all_reduce, reshard
@@ -42,6 +42,7 @@ from flux_trainer.parallel.init import init_weights
 from flux_trainer.parallel.mesh import DATA, build_mesh
 from flux_trainer.runtime.dist import init_distributed, set_deterministic
 from flux_trainer.runtime.files import write_text
+from flux_trainer.runtime.layout import native_shape
 from flux_trainer.runtime.log import logger
 from flux_trainer.runtime.signals import StopFlag
 
@@ -86,7 +87,7 @@ class Trainer(ABC):
         )
         self.model.to_empty(device=self.device)
         self.parameters = dict(self.model.named_parameters())
-        size = sum(p.numel() for p in self.parameters.values())
+        size = sum(native_shape(p, self.layouts.get(n)).numel() for n, p in self.parameters.items())
         logger.info(
             f"{config.job.description}: model {config.model.name} {config.model.flavor}: {size:,} parameters "
             f"on {self.world.size} x {self.device.type}"
@@ -257,11 +258,12 @@ class Trainer(ABC):
                 **memory_readings(self.device),
             },
         )
+        self.guard.longest_skip.zero_()  # each line tells of the steps since the one before
         logger.info(training_line(reading, self.config.training.steps, self.color))
         self.writers.scalars(self.step, reading)
         bad.raise_if_too_many(int(bad_draws), int(draws), self.config.data.max_bad_fraction)
         if (reading["longest_skip"] or 0) >= self.config.training.max_skipped_steps:
-            raise RuntimeError(
+            raise SkippedTooOften(
                 f"{reading['longest_skip']} steps in a row were skipped up to step {self.step}: "
                 "their gradients were not finite, or jumped (training.spike_factor). The weights are as "
                 "before them. Lower optimizer.lr, or look at the data."
@@ -319,6 +321,7 @@ class Trainer(ABC):
         state = self.checkpoints.resume(self.tensors(), self.identity()) if section.enable else None
         if state is not None:
             self.step, self.samples_seen = state["step"], state["samples_seen"]
+            self.guard.longest_skip.zero_()  # or a run saved amid skips would stop at its first line
             logger.info(f"Resumed from step {self.step}")
             return
         if section.initial_load_path:

@@ -17,6 +17,10 @@ SPIKE_MEMORY = 0.98  # weight of the past in the running mean of the gradient no
 SPIKE_WARMUP = 50  # accepted steps before the mean is trusted
 
 
+class SkippedTooOften(ValueError):
+    """Step after step was skipped, so nothing is learnt; the message says what to look at."""
+
+
 def clip_grad_norm(
     parameters: Mapping[str, nn.Parameter],
     max_norm: float,
@@ -69,7 +73,7 @@ class Guard:
         self.accepted = torch.zeros((), device=device)
         self.skipped = torch.zeros((), device=device)
         self.skipped_in_row = torch.zeros((), device=device)
-        self.longest_skip = torch.zeros((), device=device)  # the most there were in a row
+        self.longest_skip = torch.zeros((), device=device)  # the most in a row since someone set it to 0
 
     def __call__(self, grad_norm: Tensor) -> Tensor:
         """float32 scalar: 1 = skip, 0 = go on."""

@@ -7,6 +7,7 @@ checkpoints) travel on gloo groups of their own, so that they never wait for a d
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,9 +29,23 @@ _all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather
 # whatever this says (its connection closes); only a hung one is waited for.
 _CHECKPOINT_TIMEOUT = timedelta(minutes=30)
 
+# What gloo, nccl and the store say when the other end is gone, or does not come in time.
+_PEER_GONE = re.compile(
+    r"Connection (closed|reset) by peer|Broken pipe|Timed out waiting \d+ms for (recv|send)|"
+    r"Connection was likely closed|ncclRemoteError"
+)
+
 
 class PeerLost(RuntimeError):
     """A collective failed: another rank is gone or hung. Leave without saving, the state may be torn."""
+
+
+def tells_of_lost_peer(error: RuntimeError) -> bool:
+    """Whether an error is that of a peer gone or hung, though it comes from a collective of FSDP or autograd.
+
+    Told by its text, for torch has no class of its own for it.
+    """
+    return bool(_PEER_GONE.search(str(error)))
 
 
 @dataclass(frozen=True)

@@ -38,15 +38,21 @@ def ranks_of(launcher: int) -> list[int]:
     return [int(line) for line in found.stdout.split()]
 
 
+def start_two_ranks(folder: Path) -> subprocess.Popen:
+    """An endless run of two ranks that has made its first steps."""
+    run = start(folder, "--training.steps=100000", ranks=2)
+    deadline = time.monotonic() + 200
+    while len(lines(folder)) < 3 and time.monotonic() < deadline:
+        assert run.poll() is None, run.stdout.read()
+        time.sleep(0.2)
+    return run
+
+
 @pytest.mark.slow
 @pytest.mark.distributed
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_to_one_rank_saves_and_stops_all_and_the_run_goes_on(tmp_path, number):
-    run = start(tmp_path, "--training.steps=100000", ranks=2)
-    deadline = time.monotonic() + 200
-    while len(lines(tmp_path)) < 3 and time.monotonic() < deadline:
-        assert run.poll() is None, run.stdout.read()
-        time.sleep(0.2)
+    run = start_two_ranks(tmp_path)
     os.kill(ranks_of(run.pid)[1], number)
     output, _ = run.communicate(timeout=120)
     assert run.returncode == 0, output
@@ -59,6 +65,22 @@ def test_a_signal_to_one_rank_saves_and_stops_all_and_the_run_goes_on(tmp_path, 
     output, _ = again.communicate(timeout=200)
     assert f"Resumed from step {saved[0]}" in output
     assert [line["step"] for line in lines(tmp_path)] == list(range(1, goal + 1))
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_when_a_rank_is_killed_the_other_says_so_and_ends_without_saving(tmp_path):
+    run = start_two_ranks(tmp_path)
+    began = time.monotonic()
+    os.kill(ranks_of(run.pid)[1], signal.SIGKILL)
+    output, _ = run.communicate(timeout=120)
+    assert time.monotonic() - began < 30, (
+        "torchrun looks at its ranks now and then; nobody waits for a timeout"
+    )
+    assert run.returncode != 0
+    assert "Another rank is gone or hung" in output
+    assert "Stopped by a signal" not in output
+    assert list((tmp_path / "checkpoint").iterdir()) == []
 
 
 @pytest.mark.slow
