@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -72,6 +72,7 @@ def load_run(
     if changed:
         logger.warning(f"Going on from {path} in spite of other settings: {'; '.join(changed)}")
     dtypes = on_first(group, lambda: saved_dtypes(path))
+    _same_choice_of_average(path, saved=_has_average(dtypes), here=_has_average(tensors))
     problems = [f"{name} is not in this run" for name in on_no_rank(dtypes, tensors, group)]
     problems += [
         f"{name} is {dtypes[name]}, here {tensor.dtype}"
@@ -81,6 +82,20 @@ def load_run(
     together(group, lambda: raise_if_any(path, problems))
     read_tensors(path, tensors, group, layouts)
     return state
+
+
+def _has_average(names: Iterable[str]) -> bool:
+    return any(name.startswith("ema.") for name in names)
+
+
+def _same_choice_of_average(path: Path, saved: bool, here: bool) -> None:
+    if saved != here:
+        has, flag = ("a", "--ema.enable") if saved else ("no", "--ema.no-enable")
+        raise CheckpointError(
+            f"{path} has {has} moving average of the weights, so it goes on with {flag} only. To change "
+            f"that, start a new run from its weights: --checkpoint.initial_load_path {path}, and another "
+            "--job.dump_folder. Its optimizer starts anew, its average with those weights."
+        )
 
 
 def load_model(

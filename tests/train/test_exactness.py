@@ -81,9 +81,17 @@ def interrupted(folder, dtype, *more):
     return whole, parts
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
-def test_a_resumed_run_is_bitwise_the_uninterrupted_one(tmp_path, dtype):
-    whole, parts = interrupted(tmp_path, dtype)
+@pytest.mark.parametrize(
+    ("dtype", "flags"),
+    [
+        ("float32", []),
+        ("float64", []),
+        ("float32", ["--training.mixed_precision_param=bfloat16"]),  # the default
+        ("float32", ["--checkpoint.async_mode=async"]),
+    ],
+)
+def test_a_resumed_run_is_bitwise_the_uninterrupted_one(tmp_path, dtype, flags):
+    whole, parts = interrupted(tmp_path, dtype, *flags)
     assert column(parts, "step") == [1, 2, 3, 4, 5, 6]
     assert_equal_runs(whole, parts, 0)
 
@@ -111,6 +119,24 @@ def test_a_resumed_run_is_bitwise_equal_on_a_gpu(tmp_path):
     low = ["--debug.deterministic", "--training.mixed_precision_param=bfloat16", "--encoder.dtype=bfloat16"]
     whole, parts = interrupted(tmp_path, "float32", *low)
     assert_equal_runs(whole, parts, 0)
+
+
+@pytest.mark.parametrize(("before", "after"), [("enable", "no-enable"), ("no-enable", "enable")])
+def test_switching_the_average_needs_a_new_run_and_is_told_how(tmp_path, before, after):
+    """No resume can, not even a forced one; a new run starts from the weights as the message says."""
+    flags = ["--checkpoint.enable", "--training.steps=1"]
+    saved = train(tmp_path, *flags, f"--ema.{before}")["tensors"]
+    step = tmp_path / "run/checkpoint/step-1"
+    told = rf"goes on with --ema\.{before} only.*initial_load_path {step}.*--job\.dump_folder"
+    with pytest.raises(CheckpointError, match=told):
+        train(tmp_path, *flags, f"--ema.{after}", "--checkpoint.force_resume")
+    new = [f"--checkpoint.initial_load_path={step}", f"--job.dump_folder={tmp_path / 'new'}"]
+    tensors = TinyTrainer(tiny_config(tmp_path, *flags, f"--ema.{after}", *new)).tensors()
+    averages = {name.removeprefix("ema."): t for name, t in tensors.items() if name.startswith("ema.")}
+    assert (after == "enable") == ("img_in.weight" in averages)
+    for name in ("img_in.weight", "final_layer.linear.bias"):
+        assert torch.equal(tensors[name], saved[name])
+        assert torch.equal(averages.get(name, saved[name]), saved[name])
 
 
 def test_a_forced_resume_with_another_batch_goes_on_where_the_data_was(tmp_path):
