@@ -94,10 +94,8 @@ def bare_model(trainer: FluxTrainer) -> nn.Module:
 
 def bare_step(trainer: FluxTrainer, model: nn.Module, optimizer: torch.optim.Optimizer, dtype: str) -> None:
     """Forward, backward, clip, optimizer; autocast where the trainer computes in bfloat16."""
-    kept, trainer.model = trainer.model, model  # `loss` calls the model by this name
     with torch.autocast(trainer.device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
-        loss = trainer.loss(trainer.ready)
-    trainer.model = kept
+        loss = trainer.loss(model(**trainer.inputs(trainer.ready)), trainer.ready)
     loss.backward()
     nn.utils.clip_grad_norm_(model.parameters(), trainer.config.training.max_norm)
     optimizer.step()

@@ -35,7 +35,7 @@ from flux_trainer.models.flops import train_flops_per_sample
 from flux_trainer.models.flux1 import Flux1Model
 from flux_trainer.models.init import Distribution
 from flux_trainer.parallel.compile import compile_loss
-from flux_trainer.parallel.fsdp import reshard, shard
+from flux_trainer.parallel.fsdp import shard
 from flux_trainer.parallel.mesh import DATA, SHARED
 from flux_trainer.runtime.dist import all_gather_rows
 from flux_trainer.runtime.log import logger
@@ -127,8 +127,8 @@ class FluxTrainer(Trainer):
             self.model_config, self.image_tokens, self.config.encoder.max_t5_encoding_len
         )
 
-    def tokens_per_sample(self) -> int:
-        return self.image_tokens + self.config.encoder.max_t5_encoding_len
+    def tokens_per_sample(self) -> tuple[int, int]:
+        return self.image_tokens, self.config.encoder.max_t5_encoding_len
 
     def encode(self, batch: Batch, batch_size: int, sample: bool = False) -> tuple[Tensor, Tensor, Encoded]:
         """Encode this rank's rows, `batch_size` at a time, and exchange them with the ranks that share them.
@@ -190,42 +190,57 @@ class FluxTrainer(Trainer):
             weight=weight,
         )
 
-    def tokens(self, x_t: Tensor, t: Tensor, txt: Tensor, vec: Tensor) -> Tensor:
-        """The model's velocity as tokens [B, L, 64]; under context parallelism, this rank's part of them.
+    def inputs(self, micro_batch: MicroBatch) -> dict[str, Tensor | None]:
+        b = micro_batch
+        return self.arguments(b.x_t, b.t, b.txt, b.vec)
 
-        In the model's compute dtype; arguments as in `MicroBatch`.
+    def arguments(self, x_t: Tensor, t: Tensor, txt: Tensor, vec: Tensor) -> dict[str, Tensor | None]:
+        """The model's arguments; under context parallelism with this rank's part of the tokens.
+
+        Arguments as in `MicroBatch`.
         """
         size, _, height, width = x_t.shape
-        img, img_ids = pack(x_t), image_ids(size, height, width, self.device)
+        img, img_ids = pack(x_t), image_ids(size, height, width, self.device)  # [B, L, 64], [B, L, 3]
         txt_ids = text_ids(size, txt.shape[1], self.device)
-        if self.context:
-            self.context.begin(txt.shape[1], img.shape[1])
-            img, img_ids, txt, txt_ids = self.context.split(img, img_ids, txt, txt_ids)
+        if context := self.parallel.context:
+            context.begin(txt.shape[1], img.shape[1])
+            img, img_ids, txt, txt_ids = context.split(img, img_ids, txt, txt_ids)
         guidance = None
         if self.model_config.guidance_embed:
             guidance = torch.full_like(t, self.config.flow.guidance)
-        tokens: Tensor = self.model(
-            img=img, img_ids=img_ids, txt=txt, txt_ids=txt_ids, timesteps=t, y=vec, guidance=guidance
-        )
-        return tokens
+        return {
+            "img": img,
+            "img_ids": img_ids,
+            "txt": txt,
+            "txt_ids": txt_ids,
+            "timesteps": t,
+            "y": vec,
+            "guidance": guidance,
+        }
+
+    def loss(self, output: Tensor, micro_batch: MicroBatch) -> Tensor:
+        target = pack(micro_batch.target)  # [B, L, 64]
+        elements = target[0].numel()
+        if self.parallel.context:
+            (target,) = self.parallel.context.split(target)
+        return self.flow_loss(output, target, micro_batch.weight, self.global_batch_size, elements)
 
     @torch.no_grad()
     def predict(self, x_t: Tensor, t: Tensor, txt: Tensor, vec: Tensor) -> Tensor:
-        """The model's whole velocity [B, 16, H/8, W/8], without gradients; arguments as in `tokens`."""
-        height, width = x_t.shape[2:]
-        tokens = self.tokens(x_t, t, txt, vec)
-        if self.context:
-            tokens = self.context.gather(tokens, (height // 2) * (width // 2))
-        return unpack(tokens, height, width)
+        """The model's whole velocity [B, 16, H/8, W/8], on every rank that shares the samples.
 
-    def loss(self, micro_batch: MicroBatch) -> Tensor:
-        b = micro_batch
-        target = pack(b.target)  # [B, L, 64]
-        elements = target[0].numel()
-        if self.context:
-            (target,) = self.context.split(target)
-        v = self.tokens(b.x_t, b.t, b.txt, b.vec)
-        return self.flow_loss(v, target, b.weight, self.global_batch_size, elements)
+        In the model's compute dtype, without gradients; arguments as in `MicroBatch`.
+        """
+        height, width = x_t.shape[2:]
+        arguments = self.arguments(x_t, t, txt, vec)
+        if self.parallel.pipeline:
+            tokens = self.parallel.pipeline.predict(arguments)
+        else:
+            (model,) = self.parallel.parts
+            tokens = model(**arguments)
+        if self.parallel.context:
+            tokens = self.parallel.context.gather(tokens, (height // 2) * (width // 2))
+        return unpack(tokens, height, width)
 
     def identity(self) -> dict[str, Any]:
         contents = [source.fingerprint for source in self.mixture.sources]
@@ -259,7 +274,7 @@ class FluxTrainer(Trainer):
         if self.ema and self.step:  # before the first step they are the same
             with self.averaged_weights():
                 figures |= self.measure("ema_")
-        reshard(self.model)
+        self.reshard()
         self.writers.scalars(self.step, {"step": self.step, **figures})
         losses = {name: value for name, value in figures.items() if name.endswith("loss")}
         if losses:

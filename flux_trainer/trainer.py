@@ -42,7 +42,6 @@ from flux_trainer.parallel.init import init_weights
 from flux_trainer.parallel.mesh import DATA, build_mesh
 from flux_trainer.runtime.dist import init_distributed, set_deterministic
 from flux_trainer.runtime.files import write_text
-from flux_trainer.runtime.layout import native_shape
 from flux_trainer.runtime.log import logger
 from flux_trainer.runtime.signals import StopFlag
 
@@ -75,19 +74,22 @@ class Trainer(ABC):
 
         # The model: on the meta device, then sharded, and only then given memory.
         with torch.device("meta"), default_dtype(getattr(torch, training.dtype)):
-            self.model, distributions = self.build_model()
-        self.context, self.layouts = parallelize(
-            self.model,
+            model, distributions = self.build_model()
+        size = sum(p.numel() for p in model.parameters())
+        self.parallel = parallelize(
+            model,
             self.mesh,
+            tokens=self.tokens_per_sample(),
             parallelism=config.parallelism,
             activation_checkpoint=config.activation_checkpoint,
             compile=config.compile,
             param_dtype=self.compute_dtype,
             reduce_dtype=getattr(torch, training.mixed_precision_reduce),
         )
-        self.model.to_empty(device=self.device)
-        self.parameters = dict(self.model.named_parameters())
-        size = sum(native_shape(p, self.layouts.get(n)).numel() for n, p in self.parameters.items())
+        self.layouts = self.parallel.layouts
+        for part in self.parallel.parts:
+            part.to_empty(device=self.device)
+        self.parameters = {n: p for part in self.parallel.parts for n, p in part.named_parameters()}
         logger.info(
             f"{config.job.description}: model {config.model.name} {config.model.flavor}: {size:,} parameters "
             f"on {self.world.size} x {self.device.type}"
@@ -106,7 +108,7 @@ class Trainer(ABC):
         self.bad_samples = BadSamples(self.dump_folder)
         self.meter = Meter(
             total_steps=training.steps,
-            tokens_per_image=self.tokens_per_sample(),
+            tokens_per_image=sum(self.tokens_per_sample()),
             flops_per_image=self.flops_per_sample(),
             devices=self.world.size,
             peak_flops=device_peak_flops(self.device),
@@ -140,16 +142,21 @@ class Trainer(ABC):
         """Cut a rank's batch into what one forward pass takes."""
 
     @abstractmethod
-    def loss(self, micro_batch: Any) -> Tensor:
-        """This micro-batch's share of the loss; the shares of all ranks add up to the global batch's."""
+    def inputs(self, micro_batch: Any) -> Mapping[str, Tensor | None]:
+        """The model's arguments by name, or this rank's part of them."""
+
+    @abstractmethod
+    def loss(self, output: Tensor, micro_batch: Any) -> Tensor:
+        """The share of the loss of what the model made of a micro-batch; the shares of all ranks add up to
+        the global batch's."""
 
     @abstractmethod
     def flops_per_sample(self) -> int:
         """Floating-point operations of forward and backward for one sample."""
 
     @abstractmethod
-    def tokens_per_sample(self) -> int:
-        """Length of one sample's sequence."""
+    def tokens_per_sample(self) -> tuple[int, int]:
+        """Image and text tokens of one sample."""
 
     def validate(self) -> None:  # noqa: B027  # optional
         """Measure and draw, without touching the state of training."""
@@ -220,10 +227,16 @@ class Trainer(ABC):
 
     def forward_backward(self, micro_batches: list[Any]) -> Tensor:
         """Add up gradients over the micro-batches; returns this rank's share of the loss, on the device."""
+        if self.parallel.pipeline:
+            return self.parallel.pipeline.forward_backward(
+                [self.inputs(micro_batch) for micro_batch in micro_batches],
+                lambda output, number: self.loss(output, micro_batches[number]),
+            )
+        (model,) = self.parallel.parts
         total = torch.zeros((), device=self.device)
         for index, micro_batch in enumerate(micro_batches):
-            defer_all_reduce(self.model, is_last=index == len(micro_batches) - 1)
-            loss = self.loss(micro_batch)
+            defer_all_reduce(model, is_last=index == len(micro_batches) - 1)
+            loss = self.loss(model(**self.inputs(micro_batch)), micro_batch)
             loss.backward()
             total = total + loss.detach()
         return total
@@ -275,14 +288,19 @@ class Trainer(ABC):
             with self.meter.pause():
                 self.validate()
 
+    def reshard(self) -> None:
+        """Free the weights that FSDP has gathered."""
+        for part in self.parallel.parts:
+            reshard(part)
+
     @contextmanager
     def averaged_weights(self) -> Iterator[None]:
         """Within the context the model computes with the EMA's weights."""
         assert self.ema
-        reshard(self.model)  # gathered copies hold the other weights
+        self.reshard()  # gathered copies hold the other weights
         with self.ema.swapped_in():
             yield
-            reshard(self.model)
+            self.reshard()
 
     # Checkpoints.
 
@@ -330,7 +348,8 @@ class Trainer(ABC):
             )
             logger.info(f"Started from the weights in {section.initial_load_path}")
         else:
-            init_weights(self.model, distributions, self.config.debug.seed, self.layouts)
+            for part in self.parallel.parts:
+                init_weights(part, distributions, self.config.debug.seed, self.layouts)
         if self.ema:
             self.ema.reset()
 

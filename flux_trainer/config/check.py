@@ -63,11 +63,6 @@ def _sharing(config: JobConfig) -> int:
 def _parallelism(config: JobConfig, world_size: int | None) -> Iterator[Finding]:
     section = config.parallelism
     replicate, shard = section.data_parallel_replicate_degree, section.data_parallel_shard_degree
-    if section.pipeline_parallel_degree > 1:
-        yield (
-            "parallelism.pipeline_parallel_degree",
-            "is not possible: there is no pipeline parallelism in this version",
-        )
     if shard < 1 and shard != -1:
         yield (
             "parallelism.data_parallel_shard_degree",

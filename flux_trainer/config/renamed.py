@@ -104,7 +104,6 @@ RENAMED: dict[str, Renamed] = {
             "first_stage_less_layers",
             "last_stage_less_layers",
             "layers_per_stage",
-            "schedule",
             "schedule_csv",
             "microbatch_size",
             "expert_parallel_overlap",

@@ -192,7 +192,9 @@ class Parallelism(Section):
     tensor_parallel_degree: Degree = 1
     """Ranks that share the attention heads and MLP features of a block."""
     pipeline_parallel_degree: Degree = 1
-    """Ranks that share the blocks, one stage after another."""
+    """Ranks that share the blocks, one stage after another. Local batches are its micro-batches."""
+    pipeline_parallel_schedule: Literal["1F1B", "Interleaved1F1B"] = "1F1B"
+    """Interleaved1F1B: two stages per rank, with shorter waits and more traffic."""
 
 
 class ActivationCheckpoint(Section):

@@ -2,69 +2,96 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 
 from flux_trainer.config.schema import ActivationCheckpoint, Compile, Parallelism
+from flux_trainer.models.flops import macs
 from flux_trainer.models.flux1 import Flux1Model
 from flux_trainer.parallel.cast import read_as
 from flux_trainer.parallel.compile import compile_blocks
 from flux_trainer.parallel.context import ContextParallel, Method
 from flux_trainer.parallel.fsdp import shard
 from flux_trainer.parallel.mesh import Mesh
+from flux_trainer.parallel.pipeline import Pipeline
 from flux_trainer.parallel.remat import apply_checkpointing
+from flux_trainer.parallel.stages import spans
 from flux_trainer.parallel.tensor import check_tensor_parallel, tensor_parallel
 from flux_trainer.runtime.layout import Layout
+
+
+@dataclass(frozen=True)
+class Parallel:
+    """What this rank has of a model that a mesh computes together."""
+
+    parts: list[Flux1Model]
+    """The model; of a pipeline, this rank's stages."""
+    layouts: dict[str, Layout]
+    """By name, of those parameters of which this rank holds a part for tensor parallelism."""
+    context: ContextParallel | None
+    """What splits inputs and gathers outputs, if the mesh shares out the tokens."""
+    pipeline: Pipeline | None
+    """What runs the parts, if the mesh shares out the blocks."""
 
 
 def parallelize(
     model: Flux1Model,
     mesh: Mesh,
     *,
+    tokens: tuple[int, int],
     parallelism: Parallelism,
     activation_checkpoint: ActivationCheckpoint,
     compile: Compile,
     param_dtype: torch.dtype,
     reduce_dtype: torch.dtype,
-) -> tuple[ContextParallel | None, dict[str, Layout]]:
-    """Make `model` compute its part of what the mesh computes together, in place.
-
-    Parameters may be on the meta device.
+) -> Parallel:
+    """Make `model`, whose parameters lie on the meta device, compute its part of what the mesh computes.
 
     Args:
         model: its blocks are the units that are recomputed, compiled and gathered on their own.
+        tokens: image and text tokens of a sample, by which a pipeline is cut into stages of equal cost.
         param_dtype: dtype of forward and backward.
         reduce_dtype: dtype of gradient sums over ranks.
-
-    Returns:
-        What splits the inputs and gathers the outputs of the model, if the mesh shares out the tokens, and
-        the layouts by name of those parameters of which this rank holds a part for tensor parallelism.
 
     Raises:
         ValueError: the model cannot be shared out so.
     """
-    context, heads = None, model.config.num_heads
+    pipeline, heads = None, model.config.num_heads
     check_tensor_parallel(heads, model.config.mlp_hidden, mesh.size("tp"))
-    layouts = tensor_parallel(model.blocks(), mesh.tp) if mesh.tp else {}
-    heads //= mesh.size("tp")
-    blocks = [block for _, block in model.blocks()]
+    if mesh.pp:
+        cost = macs(model.config, *tokens)
+        schedule = parallelism.pipeline_parallel_schedule
+        cuts = spans(schedule, mesh.size("pp"), cost.blocks, cost.inputs + cost.embedders, cost.head)
+        hold = parallelism.fsdp_reshard_after_forward != "always"
+        pipeline = Pipeline(model, cuts, mesh.pp, schedule=schedule, dtype=param_dtype, hold=hold)
+    context = None
     if mesh.cp:
+        heads //= mesh.size("tp")
         context = ContextParallel(mesh.cp, _method(parallelism, heads), heads)
-        for block in blocks:
-            block.attention = context.attention  # type: ignore[assignment]
-    apply_checkpointing(blocks, activation_checkpoint)
-    compile_blocks(blocks, compile)
-    if mesh.fsdp.size() > 1:
-        shard(
-            model,
-            blocks,
-            mesh.fsdp,
-            param_dtype=param_dtype,
-            reduce_dtype=reduce_dtype,
-            reshard_after_forward=parallelism.fsdp_reshard_after_forward != "never",
-        )
-    elif param_dtype != next(model.parameters()).dtype:
-        read_as(model, param_dtype)  # nothing to share: FSDP would only copy
-    return context, layouts
+    layouts: dict[str, Layout] = {}
+    parts = pipeline.parts if pipeline else [model]
+    for part in parts:
+        blocks = [block for _, block in part.blocks()]
+        if mesh.tp:
+            layouts |= tensor_parallel(part.blocks(), mesh.tp)
+        if context:
+            for block in blocks:
+                block.attention = context.attention  # type: ignore[assignment]
+        apply_checkpointing(blocks, activation_checkpoint)
+        compile_blocks(blocks, compile)
+        if mesh.fsdp.size() > 1:
+            shard(
+                part,
+                blocks,
+                mesh.fsdp,
+                param_dtype=param_dtype,
+                reduce_dtype=reduce_dtype,
+                reshard_after_forward=parallelism.fsdp_reshard_after_forward != "never",
+            )
+        elif param_dtype != next(part.parameters()).dtype:
+            read_as(part, param_dtype)  # nothing to share: FSDP would only copy
+    return Parallel(parts, layouts, context, pipeline)
 
 
 def _method(section: Parallelism, heads: int) -> Method:

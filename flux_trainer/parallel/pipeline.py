@@ -53,7 +53,6 @@ class Pipeline:
         group: dist.ProcessGroup,
         *,
         schedule: str,
-        device: torch.device,
         dtype: torch.dtype,
         hold: bool = False,
     ) -> None:
@@ -68,7 +67,7 @@ class Pipeline:
         """
         self.group, self.rank, self.size = group, group.rank(), group.size()
         assert len(spans) == STAGES_PER_RANK[schedule] * self.size
-        self.schedule, self.device, self.hold = schedule, device, hold
+        self.schedule, self.hold = schedule, hold
         self.last = len(spans) - 1
         self.numbers = range(self.rank, len(spans), self.size)
         self.parts = [
@@ -84,6 +83,10 @@ class Pipeline:
         self.schedules: dict[Any, Any] = {}  # by what they depend on: the number and shapes of micro-batches
         self.inputs: Sequence[Inputs] = ()  # of the present step, by micro-batch
         self.loss: Callable[[Tensor, int], Tensor]
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parts[0].parameters()).device
 
     def forward_backward(self, inputs: Sequence[Inputs], loss: Callable[[Tensor, int], Tensor]) -> Tensor:
         """Run all micro-batches of a step; add the gradients of the sum of their losses to the parameters'.

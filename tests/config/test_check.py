@@ -91,11 +91,6 @@ def test_a_sound_run_passes_without_remarks(world_size):
             "lr_scheduler.warmup_steps = 20 is longer than the whole schedule, lr_scheduler.total_steps = 10",
         ),
         (
-            ["--parallelism.pipeline_parallel_degree=2"],
-            "parallelism.pipeline_parallel_degree = 2 is not possible: "
-            "there is no pipeline parallelism in this version",
-        ),
-        (
             ["--parallelism.data_parallel_shard_degree=0"],
             "parallelism.data_parallel_shard_degree = 0 is out of range; expected an integer >= 1, "
             "or -1 for all ranks that remain",

@@ -57,6 +57,7 @@ def build(
     parallelize(
         model,
         build_mesh(parallelism, world_size, "cpu") if world_size > 1 else One(),
+        tokens=(24, 5),
         parallelism=parallelism,
         activation_checkpoint=ActivationCheckpoint(mode=remat, selective_ac_option=option),
         compile=Compile(enable=compile, backend="aot_eager"),
@@ -71,7 +72,7 @@ def build(
 class One:
     """Stands for the mesh of a single process without a process group."""
 
-    cp = tp = None
+    cp = tp = pp = None
 
     class fsdp:
         size = staticmethod(lambda: 1)

@@ -115,7 +115,6 @@ def pipeline_of(
         spans(schedule, mesh.sizes["pp"], cost.blocks, cost.inputs + cost.embedders, cost.head),
         mesh.pp,
         schedule=schedule,
-        device=torch.device("cpu"),
         dtype=dtype,
         hold=hold,
     )

@@ -71,6 +71,12 @@ ROWS = [
     Row(tp=4),
     Row(shard=2, tp=2),
     Row(cp=2, tp=2),
+    Row(pp=2),
+    Row(pp=2, more={"parallelism.pipeline_parallel_schedule": "Interleaved1F1B"}),
+    Row(pp=4),
+    Row(pp=2, shard=2),
+    Row(pp=2, cp=2),
+    Row(pp=2, tp=2),
 ]
 
 
@@ -208,6 +214,8 @@ ELASTIC = [
     (Row(cp=2, tp=2), Row(shard=2)),
     (Row(shard=2, replicate=2), Row(tp=2)),
     (Row(tp=2), Row()),
+    (Row(pp=2), Row(shard=2, cp=2)),
+    (Row(cp=2), Row(pp=2)),
 ]
 
 

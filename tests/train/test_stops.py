@@ -45,8 +45,8 @@ class Broken(TinyTrainer):
 
     broken: tuple[int, ...] = ()
 
-    def loss(self, micro_batch):
-        return super().loss(micro_batch) * (math.nan if self.step + 1 in self.broken else 1)
+    def loss(self, output, micro_batch):
+        return super().loss(output, micro_batch) * (math.nan if self.step + 1 in self.broken else 1)
 
     def train_step(self, batch):
         if self.step + 1 == self.broken[0]:
@@ -106,8 +106,8 @@ def test_a_checkpoint_written_between_too_many_skips_and_their_line_can_go_on(tm
 class Dying(TinyTrainer):
     """Rank 1 is killed in its third step, within the backward pass."""
 
-    def loss(self, micro_batch):
-        loss = super().loss(micro_batch)
+    def loss(self, output, micro_batch):
+        loss = super().loss(output, micro_batch)
         if self.world.rank == 1 and self.step == 2:
             loss.register_hook(lambda gradient: os.kill(os.getpid(), signal.SIGKILL))
         return loss
