@@ -3,7 +3,9 @@
 import json
 import os
 import signal
+import socket
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -20,8 +22,14 @@ SMALL = [
 ]
 
 
-def start(folder: Path, *flags: str, ranks: int = 1) -> subprocess.Popen:
-    environment = {**os.environ, "NGPU": str(ranks), "CONFIG_FILE": "train_configs/emoji_tiny.toml"}
+def start(folder: Path, *flags: str, ranks: int = 1, **variables: str) -> subprocess.Popen:
+    environment = {
+        **os.environ,
+        "PYTHON": sys.executable,
+        "NGPU": str(ranks),
+        "CONFIG_FILE": "train_configs/emoji_tiny.toml",
+        **variables,
+    }
     return subprocess.Popen(
         ["./run_train.sh", f"--job.dump_folder={folder}", *SMALL, *flags],
         cwd=ROOT,
@@ -99,3 +107,22 @@ def test_the_default_run_leaves_what_it_says(tmp_path):
     assert training["samples_seen"] == 8
     output, _ = start(tmp_path, *flags).communicate(timeout=100)
     assert "Nothing left to do" in output
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_two_machines_train_together(tmp_path):
+    """Two launchers that meet at a port, as on two machines; their tensor-parallel group spans both."""
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = probe.getsockname()[1]
+    meet = {"NNODES": "2", "RDZV_ENDPOINT": f"localhost:{port}"}
+    flags = ["--training.steps=3", "--parallelism.tensor_parallel_degree=2"]
+    launchers = [start(tmp_path, *flags, **meet) for _ in range(2)]
+    outputs = [launcher.communicate(timeout=300)[0] for launcher in launchers]
+    assert [launcher.returncode for launcher in launchers] == [0, 0], outputs
+    assert "on 2 x cpu" in "".join(outputs)
+    alone = tmp_path / "alone"
+    start(alone, "--training.steps=3").communicate(timeout=300)
+    for got, want in zip(lines(tmp_path), lines(alone), strict=True):
+        assert got["loss"] == pytest.approx(want["loss"], rel=0.01), "bfloat16 sums in another order"
