@@ -132,9 +132,9 @@ def train_until_death(folder) -> tuple[int, str, float]:
 @pytest.mark.distributed
 def test_the_survivor_of_a_killed_rank_says_so_and_ends_without_saving(tmp_path):
     """It notices in the middle of a step, where FSDP waits for gradients."""
-    status, words, seconds = run_ranks(2, train_until_death, tmp_path, lost={1})[0]
+    status, words, seconds = run_ranks(2, train_until_death, tmp_path, lost={1}, timeout=60)[0]
     assert status == 1
     assert words.startswith("Another rank is gone or hung; noticed in the middle of a step: ")
-    assert seconds < 5
+    assert seconds < 15, "it does not wait for a timeout"
     assert len(lines(tmp_path / "run")) == 2
     assert list((tmp_path / "run/checkpoint").iterdir()) == []
