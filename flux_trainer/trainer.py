@@ -40,6 +40,7 @@ from flux_trainer.parallel.apply import parallelize
 from flux_trainer.parallel.fsdp import defer_all_reduce, reshard
 from flux_trainer.parallel.init import init_weights
 from flux_trainer.parallel.mesh import DATA, build_mesh
+from flux_trainer.parallel.stages import check_micro_batches
 from flux_trainer.runtime.dist import init_distributed, set_deterministic
 from flux_trainer.runtime.files import write_text
 from flux_trainer.runtime.log import logger
@@ -71,6 +72,9 @@ class Trainer(ABC):
         self.global_batch_size = training.global_batch_size
         if self.global_batch_size == -1:
             self.global_batch_size = training.local_batch_size * self.mesh.size(*DATA)
+        if self.mesh.pp:
+            count = self.global_batch_size // self.mesh.size(*DATA) // training.local_batch_size
+            check_micro_batches(config.parallelism.pipeline_parallel_schedule, self.mesh.size("pp"), count)
 
         # The model: on the meta device, then sharded, and only then given memory.
         with torch.device("meta"), default_dtype(getattr(torch, training.dtype)):

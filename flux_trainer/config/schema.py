@@ -183,7 +183,8 @@ class Parallelism(Section):
     data_parallel_shard_degree: int = -1
     """Ranks that share one copy of the model (FSDP2); -1: all that remain."""
     fsdp_reshard_after_forward: Literal["default", "always", "never"] = "default"
-    """Free a block's gathered weights after its forward; default: always."""
+    """Free a block's gathered weights after its forward; default: always, but never in a pipeline, which
+    then also keeps them from micro-batch to micro-batch and reduces gradients once in a step."""
     context_parallel_degree: Degree = 1
     """Ranks that share the tokens of a sample."""
     context_parallel_method: Literal["auto", "ulysses", "ring", "allgather"] = "auto"

@@ -58,12 +58,13 @@ def parallelize(
         ValueError: the model cannot be shared out so.
     """
     pipeline, heads = None, model.config.num_heads
+    free = parallelism.fsdp_reshard_after_forward
+    hold = free == "never" or (free == "default" and mesh.pp is not None)
     check_tensor_parallel(heads, model.config.mlp_hidden, mesh.size("tp"))
     if mesh.pp:
         cost = macs(model.config, *tokens)
         schedule = parallelism.pipeline_parallel_schedule
         cuts = spans(schedule, mesh.size("pp"), cost.blocks, cost.inputs + cost.embedders, cost.head)
-        hold = parallelism.fsdp_reshard_after_forward != "always"
         pipeline = Pipeline(model, cuts, mesh.pp, schedule=schedule, dtype=param_dtype, hold=hold)
     context = None
     if mesh.cp:
@@ -87,7 +88,7 @@ def parallelize(
                 mesh.fsdp,
                 param_dtype=param_dtype,
                 reduce_dtype=reduce_dtype,
-                reshard_after_forward=parallelism.fsdp_reshard_after_forward != "never",
+                reshard_after_forward=not hold,
             )
         elif param_dtype != next(part.parameters()).dtype:
             read_as(part, param_dtype)  # nothing to share: FSDP would only copy

@@ -29,6 +29,7 @@ _PRELOADED = [
     "torch._dynamo",  # what fully_shard imports at its first call
     "torch.distributed.fsdp",
     "torch.distributed.checkpoint",
+    "torch.distributed.pipelining",
     "flux_trainer.flux",  # with all it needs
     "flux_trainer.runtime.signals",
     "transformers.models.clip.modeling_clip",  # what a run imports when it builds the text encoders
