@@ -196,7 +196,8 @@ def test_float64(row, single, tmp_path):
 def test_float32(row, single, tmp_path):
     ranks, one, _ = compare(row, "float32", single, tmp_path)
     data_only = row.cp == row.tp == row.pp == 1
-    assert column(ranks[0], "loss") == pytest.approx(column(one, "loss"), abs=1e-6 if data_only else 1e-5)
+    tolerance = 1e-6 if data_only else 1e-5  # relative: the losses lie between 3 and 18
+    assert column(ranks[0], "loss") == pytest.approx(column(one, "loss"), rel=tolerance)
     assert worst(whole(ranks, "gradients"), whole([one], "gradients")) <= 1e-5
 
 
