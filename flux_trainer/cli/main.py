@@ -11,6 +11,10 @@ from flux_trainer import __version__
 
 COMMANDS = {
     "config": ("flux_trainer.cli.config", "check the settings of a run and print them, resolved, as TOML"),
+    "estimate": (
+        "flux_trainer.cli.estimate",
+        "memory and communication of each rank, for any number of ranks",
+    ),
 }
 """Command -> module with `main(argv) -> exit status`, and what it does."""
 

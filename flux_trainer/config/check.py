@@ -17,13 +17,20 @@ from flux_trainer.config.schema import JobConfig
 _BITS = {"bfloat16": 16, "float32": 32, "float64": 64}
 
 
-def check(config: JobConfig, world_size: int | None, origins: Mapping[str, str] | None = None) -> list[str]:
+def check(
+    config: JobConfig,
+    world_size: int | None,
+    origins: Mapping[str, str] | None = None,
+    *,
+    files: bool = True,
+) -> list[str]:
     """Refuse settings that cannot work together or name files that are not there.
 
     Args:
         config: the settings; each key is already known to be valid alone.
         world_size: number of ranks; None where it is not known yet, which leaves out the checks that need it.
         origins: where each key was written (`Loaded.origins`), to be named in the messages.
+        files: look whether the files that the settings name are there.
 
     Returns:
         Remarks about settings that work, but hardly as they were meant; for the run's log.
@@ -31,7 +38,7 @@ def check(config: JobConfig, world_size: int | None, origins: Mapping[str, str] 
     Raises:
         ConfigError: with one line for each mistake.
     """
-    findings = [*inconsistencies(config, world_size), *missing_files(config)]
+    findings = [*inconsistencies(config, world_size), *(missing_files(config) if files else ())]
     if findings:
         raise ConfigError([_line(config, finding, origins or {}) for finding in findings])
     return [_line(config, finding, origins or {}) for finding in _remarks(config, world_size)]

@@ -1,0 +1,256 @@
+"""What a rank will hold and send, from the settings alone: no weights are allocated, no process is started.
+
+Weights, gradients and optimizer state are exact: the shapes of a stage's parameters after tensor
+parallelism, of which FSDP's first rank holds ceil(rows / ranks) rows.
+
+Activations come from one block of each kind, run forward and backward on fake tensors of the real shapes,
+with the real checkpointing, tensor and context parallelism. `held` composes them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from math import ceil, prod
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from flux_trainer.config.schema import ActivationCheckpoint, JobConfig, Parallelism
+from flux_trainer.flow.loss import flow_loss
+from flux_trainer.models import registry
+from flux_trainer.models.attention import rope_table
+from flux_trainer.models.flops import macs
+from flux_trainer.models.flux1 import Flux1Config, Flux1Model
+from flux_trainer.parallel.apply import _method
+from flux_trainer.parallel.cast import read_as
+from flux_trainer.parallel.context import ContextParallel
+from flux_trainer.parallel.cut import take
+from flux_trainer.parallel.group import shares
+from flux_trainer.parallel.mesh import Mesh, build_mesh, degrees
+from flux_trainer.parallel.remat import apply_checkpointing
+from flux_trainer.parallel.stages import check_micro_batches, spans
+from flux_trainer.parallel.tensor import check_tensor_parallel, tensor_parallel
+from flux_trainer.runtime.live_bytes import Cost, fill_fake, measure
+
+MODES = {
+    "none": ActivationCheckpoint(mode="none"),
+    "selective op": ActivationCheckpoint(mode="selective"),
+    "full": ActivationCheckpoint(mode="full"),
+}
+
+
+@dataclass(frozen=True)
+class Part:
+    """The parameters of a stage, of which FSDP's groups are the root (embedders, head) and each block."""
+
+    blocks: list[str]
+    """Names of its blocks; the kind of each is the first word."""
+    shapes: dict[str, list[tuple[int, ...]]]
+    """By group ("" for the root): of the parameters, after tensor parallelism."""
+    embedders: bool
+    head: bool
+
+    def numel(self, group: str) -> int:
+        return sum(prod(shape) for shape in self.shapes[group])
+
+    def shard(self, group: str, ranks: int) -> int:
+        """Elements of the first of `ranks` ranks, which has the most."""
+        return sum(ceil(shape[0] / ranks) * prod(shape[1:]) for shape in self.shapes[group])
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the settings come to."""
+
+    config: JobConfig
+    model: Flux1Config
+    sizes: dict[str, int]
+    """The mesh."""
+    micro_batches: int
+    """Of a step on each rank."""
+    tokens: tuple[int, int]
+    """Image and text tokens of a sample."""
+    local_tokens: tuple[int, int]
+    """Those of the first rank of a context parallel group."""
+
+    def size(self, *dimensions: str) -> int:
+        return prod(self.sizes[name] for name in dimensions)
+
+    @property
+    def batch(self) -> int:
+        return self.config.training.local_batch_size
+
+    @property
+    def fsdp(self) -> int:
+        """Ranks that share each weight."""
+        return self.size("dp_shard", "cp")
+
+    @property
+    def wraps(self) -> bool:
+        """Whether the model is FSDP's."""
+        return self.size("dp_replicate", "dp_shard", "cp") > 1
+
+    @property
+    def hold(self) -> bool:
+        """Whether gathered weights stay between forward and backward (`parallelize`)."""
+        free = self.config.parallelism.fsdp_reshard_after_forward
+        return free == "never" or (free == "default" and self.sizes["pp"] > 1)
+
+    def dtype(self, key: str) -> torch.dtype:
+        dtype: torch.dtype = getattr(torch, getattr(self.config.training, key))
+        return dtype
+
+
+def plan(config: JobConfig, world_size: int) -> Plan:
+    """The arithmetic of a run on `world_size` ranks.
+
+    Raises:
+        ValueError: as the run itself would.
+    """
+    model, training = registry.FLAVORS[config.model.flavor], config.training
+    sizes = degrees(config.parallelism, world_size)
+    groups = sizes["dp_replicate"] * sizes["dp_shard"]
+    total = training.global_batch_size
+    count = 1 if total == -1 else total // groups // training.local_batch_size
+    if sizes["pp"] > 1:
+        check_micro_batches(config.parallelism.pipeline_parallel_schedule, sizes["pp"], count)
+    check_tensor_parallel(model.num_heads, model.mlp_hidden, sizes["tp"])
+    tokens = ((training.img_size // 16) ** 2, config.encoder.max_t5_encoding_len)
+    local = (shares(tokens[0], sizes["cp"])[0], shares(tokens[1], sizes["cp"])[0])
+    return Plan(config, model, sizes, count, tokens, local)
+
+
+@contextmanager
+def sharing(p: Plan) -> Iterator[Mesh | None]:
+    """A fake process group for the ranks that share samples' tokens and features; nothing is sent."""
+    if p.size("cp", "tp") == 1:
+        yield None
+        return
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=p.size("cp", "tp"))
+    try:
+        section = Parallelism(
+            data_parallel_shard_degree=1,
+            context_parallel_degree=p.sizes["cp"],
+            tensor_parallel_degree=p.sizes["tp"],
+        )
+        yield build_mesh(section, p.size("cp", "tp"), "cpu")
+    finally:
+        dist.destroy_process_group()
+
+
+def parts(p: Plan, rank: int, mesh: Mesh | None) -> list[Part]:
+    """The stages of a rank of the pipeline (the whole model without one)."""
+    with torch.device("meta"):
+        model = Flux1Model(p.model)
+    if mesh and mesh.tp:
+        tensor_parallel(model.blocks(), mesh.tp)
+    names = [name for name, _ in model.blocks()]
+    shapes: dict[str, list[tuple[int, ...]]] = {name: [] for name in names}
+    before: list[tuple[int, ...]] = []
+    head: list[tuple[int, ...]] = []
+    for name, parameter in model.named_parameters():
+        block = ".".join(name.split(".")[:2])
+        end = head if name.split(".")[0] in model.HEAD else before
+        shapes.get(block, end).append(tuple(parameter.shape))
+    cuts = [range(len(names))]
+    if p.sizes["pp"] > 1:
+        cost = macs(p.model, *p.tokens)
+        schedule = p.config.parallelism.pipeline_parallel_schedule
+        cuts = spans(schedule, p.sizes["pp"], cost.blocks, cost.inputs + cost.embedders, cost.head)
+    found = []
+    for stage in range(rank, len(cuts), p.sizes["pp"]):
+        first, last = stage == 0, stage == len(cuts) - 1
+        blocks = [names[i] for i in cuts[stage]]
+        root = (before if first else []) + (head if last else [])
+        found.append(Part(blocks, {"": root, **{name: shapes[name] for name in blocks}}, first, last))
+    return found
+
+
+def costs(p: Plan, mesh: Mesh | None, mode: ActivationCheckpoint) -> dict[str, Cost]:
+    """By kind of block, and of "embedders" and "head": one micro-batch's."""
+    kinds = {"double_blocks": min(1, p.model.depth), "single_blocks": min(1, p.model.depth_single_blocks)}
+    small = replace(p.model, depth=kinds["double_blocks"], depth_single_blocks=kinds["single_blocks"])
+    with torch.device("meta"):
+        model = Flux1Model(small)
+    ends = {
+        "embedders": take(model, (), embedders=True, head=False),
+        "head": take(model, (), embedders=False, head=True),
+    }
+    if mesh and mesh.tp:
+        tensor_parallel(model.blocks(), mesh.tp)
+    blocks = [block for _, block in model.blocks()]
+    if mesh and mesh.cp:
+        heads = p.model.num_heads // p.sizes["tp"]
+        context = ContextParallel(mesh.cp, _method(p.config.parallelism, heads), heads)
+        context.begin(*reversed(p.tokens))
+        for block in blocks:
+            block.attention = context.attention  # type: ignore[assignment]
+    for block in blocks:
+        apply_checkpointing([block], mode)
+    with FakeTensorMode():
+        found = {name.split(".")[0]: _block_cost(p, block) for name, block in model.blocks()}
+        return found | {name: _end_cost(p, end) for name, end in ends.items()}
+
+
+def _present(p: Plan, module: nn.Module) -> list[Tensor]:
+    """Give `module` fake weights in the dtype in which a rank computes with them; returns these."""
+    compute, stored = p.dtype("mixed_precision_param"), p.dtype("dtype")
+    weights = fill_fake(module, compute if p.wraps else stored)
+    if not p.wraps and compute != stored:
+        read_as(module, compute)
+    return weights
+
+
+def _state(p: Plan) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """img, txt, vec, pe as blocks take them."""
+    compute, (image, text), h = p.dtype("mixed_precision_param"), p.local_tokens, p.model.hidden_size
+
+    def fake(*shape: int) -> Tensor:
+        return torch.empty(p.batch, *shape, dtype=compute).requires_grad_()
+
+    ids = torch.empty(p.batch, text + image, len(p.model.axes_dim))
+    return fake(image, h), fake(text, h), fake(h), rope_table(ids, p.model.axes_dim, p.model.theta)
+
+
+def _block_cost(p: Plan, block: nn.Module) -> Cost:
+    weights = _present(p, block)
+    img, txt, vec, pe = _state(p)
+    if hasattr(block, "img_mod"):
+        return measure(lambda: block(img, txt, vec, pe), [*weights, img, txt, vec, pe])
+    x = torch.cat((txt, img), dim=1).detach().requires_grad_()
+    return measure(lambda: [block(x, vec, pe)], [*weights, x, vec, pe])
+
+
+def _end_cost(p: Plan, end: Flux1Model) -> Cost:
+    weights = _present(p, end)
+    wide = torch.promote_types(p.dtype("mixed_precision_param"), torch.float32)
+    image, text = p.local_tokens
+    img, txt, vec, _ = _state(p)
+    axes = len(p.model.axes_dim)
+    inputs = {
+        "img": torch.empty(p.batch, image, p.model.in_channels, dtype=wide),
+        "img_ids": torch.empty(p.batch, image, axes),
+        "txt": torch.empty(
+            p.batch, text, p.model.context_in_dim, dtype=getattr(torch, p.config.encoder.dtype)
+        ),
+        "txt_ids": torch.empty(p.batch, text, axes),
+        "timesteps": torch.empty(p.batch, dtype=wide),
+        "y": torch.empty(p.batch, p.model.vec_in_dim),
+        "guidance": torch.empty(p.batch, dtype=wide),
+    }
+    state = None if end.img_in is not None else (img, txt, vec)
+    target = torch.empty(p.batch, image, p.model.out_channels, dtype=wide)
+
+    def run() -> Sequence[Tensor]:
+        out = end(**inputs, state=state)
+        if isinstance(out, tuple):
+            return out
+        return [flow_loss(out, target, None, p.batch, target[0].numel())]
+
+    return measure(run, [*weights, img, txt, vec, target, *inputs.values()])

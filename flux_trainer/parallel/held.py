@@ -1,0 +1,166 @@
+"""What a rank holds at the peak of forward and backward, composed of what single blocks cost.
+
+With blocks 1..n, kept_k the bytes that block k keeps, backward_k its peak in backward, and G_k what FSDP
+holds meanwhile,
+
+    peak = stored + max over k of (kept_1 + ... + kept_(k-1) + backward_k + G_k + gradients so far)
+
+G_k is the gathered weights of the root, of block k and of the next to come, and the buffer through which the
+gradients of the one before are summed; or all gathered weights of the stage where they stay. Under a
+pipeline, what the other micro-batches in flight keep is added.
+
+Not counted: workspaces inside operators, the allocator's fragments, the CUDA context and NCCL's buffers.
+A compiled block keeps less.
+
+Compared with torch's MemTracker during a step of flux-tiny on a CPU, one rank, 32 to 320 tokens, in float32
+and bfloat16, with each checkpointing mode: the peak is off by -1.6 to +0.6 %, the part of it that is neither
+weights nor optimizer state by -5.3 to +2.1 %. Peaks on meshes and GPUs have not been compared.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from flux_trainer.parallel.estimate import Part, Plan
+from flux_trainer.parallel.stages import STAGES_PER_RANK
+from flux_trainer.runtime.live_bytes import Cost
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one rank."""
+
+    parameters: int
+    gathered: int
+    """Low-precision copies of weights that FSDP has gathered."""
+    gradients: int
+    """When backward is done."""
+    gradients_at_peak: int
+    reduction: int
+    """Whole gradients on their way into sums over ranks, or waiting for them."""
+    optimizer: int
+    ema: int
+    activations: int
+    """All that forward and backward hold at the peak."""
+
+    @property
+    def stored(self) -> int:
+        return self.parameters + self.optimizer + self.ema
+
+    @property
+    def training(self) -> int:
+        """The peak of forward and backward."""
+        return self.stored + self.gathered + self.gradients_at_peak + self.reduction + self.activations
+
+
+def memory(p: Plan, stages: Sequence[Part], rank: int, cost: dict[str, Cost], mixed: Any = None) -> Memory:
+    """What `rank` of the pipeline holds at the peak of forward and backward.
+
+    Args:
+        cost: of blocks in the checkpointing mode.
+        mixed: (n, cost) where only every n-th block is checkpointed: the cost of the others.
+    """
+    stored, compute = p.dtype("dtype").itemsize, p.dtype("mixed_precision_param").itemsize
+    wide = max(stored, torch.float32.itemsize)
+    reduce = p.dtype("mixed_precision_reduce").itemsize
+    groups = [(part, name) for part in stages for name in part.shapes]
+    count = sum(len(part.shapes[name]) for part, name in groups)
+    elements = sum(part.shard(name, p.fsdp) for part, name in groups)
+    walks = [_walk(part, cost, mixed) for part in stages]
+    kept = [sum(c.kept for _, c in walk) for walk in walks]
+    others = _in_flight(p, rank, kept) + _pipeline_buffers(p, rank, stages)
+    pe = p.batch * sum(p.local_tokens) * p.model.head_dim * torch.float32.itemsize
+    whole = sum(part.numel(name) for part, name in groups)
+    late = p.sizes["pp"] > 1 and p.hold and p.wraps  # gradients wait, whole, for the end of the step
+    accumulates = p.micro_batches > 1
+    best: Memory | None = None
+    for part, walk, own in zip(stages, walks, kept, strict=True):
+        root, names = part.numel(""), [name for name, _ in walk]
+        for k, (name, c) in enumerate(walk):
+            before = sum(each.kept for _, each in walk[:k])
+            later = names[k + 1 :]
+            done = sum(part.shard(other, p.fsdp) for other in later)
+            gathered = reduction = 0
+            if p.wraps:
+                ahead = part.numel(names[k - 1]) if k else 0
+                here = part.numel(name) if name else 0
+                gathered = compute * (whole if p.hold else root + here + ahead)
+                previous = later[0] if later else ""
+                sent = part.numel(previous) if previous else 0
+                if previous and ((accumulates and not late) or reduce != stored):  # else it is the gradient
+                    sent += part.shard(previous, p.fsdp)
+                reduction = reduce * (sent + (whole if late and accumulates else 0))
+            candidate = Memory(
+                parameters=elements * stored,
+                gathered=gathered,
+                gradients=stored * elements,
+                gradients_at_peak=stored * (elements if accumulates and not late else done),
+                reduction=reduction,
+                optimizer=2 * elements * stored + 4 * count,
+                ema=elements * wide if p.config.ema.enable else 0,
+                activations=others - own + before + c.backward + pe,
+            )
+            if best is None or candidate.training > best.training:
+                best = candidate
+    assert best
+    return best
+
+
+def _walk(part: Part, cost: dict[str, Cost], mixed: Any) -> list[tuple[str, Cost]]:
+    """What runs one after another in forward; the root's part is named ""."""
+    plain = cost if mixed is None else mixed[1]
+    every = 1 if mixed is None else mixed[0]
+    walk = []
+    if part.embedders:
+        walk.append(("", cost["embedders"]))
+    for index, name in enumerate(part.blocks):
+        walk.append((name, (plain if index % every else cost)[name.split(".")[0]]))
+    if part.head:
+        walk.append(("", cost["head"]))
+    return walk
+
+
+def _in_flight(p: Plan, rank: int, kept: Sequence[int]) -> int:
+    """The most bytes that all micro-batches on their way keep on this rank; kept: by its stages.
+
+    The schedules' own arithmetic: so many forwards in advance, then one forward and one backward in turn.
+    """
+    ranks, n, chunks = p.sizes["pp"], p.micro_batches, len(kept)
+    if ranks == 1:
+        return kept[0]
+    if STAGES_PER_RANK[p.config.parallelism.pipeline_parallel_schedule] == 1:
+        return min(n, ranks - rank) * kept[0]
+    together = n // max(1, n // ranks)  # micro-batches that pass one stage before the next stage's turn
+    ahead = min(n * chunks, (chunks - 1) * together + 2 * (ranks - 1 - rank) + 1)
+    alive = most = 0
+    for forward in range(n * chunks):
+        alive += kept[forward // together % chunks]
+        most = max(most, alive)
+        done = forward + 1 - ahead
+        if done >= 0:
+            alive -= kept[chunks - 1 - done // together % chunks]
+    return most
+
+
+def _pipeline_buffers(p: Plan, rank: int, stages: Sequence[Part]) -> int:
+    """Room for the states and gradients to come of all micro-batches, and for those on their way."""
+    if p.sizes["pp"] == 1:
+        return 0
+    state = (sum(p.local_tokens) + 1) * p.batch * p.model.hidden_size
+    state *= p.dtype("mixed_precision_param").itemsize
+    buffers = sum((not part.embedders) + (not part.head) for part in stages)
+    flying = min(p.micro_batches, p.sizes["pp"] - rank)
+    return (p.micro_batches * buffers + 2 * flying * len(stages)) * state
+
+
+def samples(p: Plan) -> int:
+    """Bytes of a step's encoded samples: noisy latents, targets, and the captions' features."""
+    wide = torch.promote_types(p.dtype("mixed_precision_param"), torch.float32).itemsize
+    text = getattr(torch, p.config.encoder.dtype).itemsize
+    features = p.tokens[1] * p.model.context_in_dim + p.model.vec_in_dim
+    latents = p.tokens[0] * p.model.in_channels
+    return p.micro_batches * p.batch * (2 * latents * wide + features * text)

@@ -1,0 +1,53 @@
+"""`flux-trainer estimate`: what it prints and returns."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from flux_trainer.cli.main import main
+
+
+@pytest.fixture
+def toml(tmp_path):
+    path = tmp_path / "a.toml"
+    path.write_text('[model]\nflavor = "flux-debug"\n[[data.sources]]\ntype = "synthetic"\n')
+    return str(path)
+
+
+def test_table_and_json_say_the_same(toml, capsys):
+    words = ["estimate", toml, "--gpus", "16", "--parallelism.tensor_parallel_degree=2"]
+    words += ["--parallelism.pipeline_parallel_degree", "2", "--training.global_batch_size=128"]
+    words += ["--training.local_batch_size=4", "--parallelism.data_parallel_replicate_degree=2"]
+    assert main(words) == 0
+    page = capsys.readouterr().out
+    assert main([*words, "--json"]) == 0
+    figures = json.loads(capsys.readouterr().out)
+    assert "pp 2 x dp_replicate 2 x dp_shard 2 x cp 1 x tp 2 = 16 ranks" in page
+    assert f"{figures['peak'] / 2**30:.2f} GiB" in page
+    assert "selective op" in page
+    assert "<- configured" in page
+    assert figures["peak"] == max(figures["phases"].values())
+    assert figures["sent_per_step"]["pipeline"] > 0
+    assert figures["modes"]["full"]["activations"] < figures["modes"]["none"]["activations"]
+
+
+def test_refusals_are_those_of_the_run(toml, capsys):
+    assert main(["estimate", toml, "--gpus", "8", "--parallelism.tensor_parallel_degree=3"]) == 2
+    assert "does not divide the 8 ranks of this run" in capsys.readouterr().err
+    assert main(["estimate", toml, "--gpus", "5", "--parallelism.tensor_parallel_degree=5"]) == 2
+    assert "12 attention heads cannot be shared out evenly" in capsys.readouterr().err
+    assert main(["estimate", toml]) == 2
+    assert "--gpus is missing" in capsys.readouterr().err
+
+
+def test_help_imports_no_torch():
+    code = """
+import sys
+from flux_trainer.cli.main import main
+assert main(["estimate", "--help"]) == 0
+print("torch" in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, text=True)
+    assert done.stdout.splitlines()[-1] == "False"
