@@ -15,7 +15,8 @@ A compiled block keeps less.
 Compared with torch's MemTracker during a step of flux-tiny on a CPU, one rank, 32 to 320 tokens, in float32
 and bfloat16, with each checkpointing mode: the peak is off by -1.6 to +0.6 %, the part of it that is neither
 weights nor optimizer state by -5.3 to +2.1 %. With torch's FSDPMemTracker on two ranks of FSDP2 in bfloat16:
-by -2.4 to -0.4 %, and -6.4 to -1.0 %. Peaks on other meshes and on GPUs have not been compared.
+by -2.4 to -0.4 %, and -6.4 to -1.0 %; tp2: -0.2 to +0.9 %, and -0.8 to +2.6 %; cp2 (ulysses): -6.4 to -3.6 %,
+and -16.4 to -9.3 %. Peaks of pipelines, of larger meshes and on GPUs have not been compared.
 """
 
 from __future__ import annotations
