@@ -12,11 +12,16 @@ pipeline, what the other micro-batches in flight keep is added.
 Not counted: workspaces inside operators, the allocator's fragments, the CUDA context and NCCL's buffers.
 A compiled block keeps less.
 
-Compared with torch's MemTracker during a step of flux-tiny on a CPU, one rank, 32 to 320 tokens, in float32
-and bfloat16, with each checkpointing mode: the peak is off by -1.6 to +0.6 %, the part of it that is neither
-weights nor optimizer state by -5.3 to +2.1 %. With torch's FSDPMemTracker on two ranks of FSDP2 in bfloat16:
-by -2.4 to -0.4 %, and -6.4 to -1.0 %; tp2: -0.2 to +0.9 %, and -0.8 to +2.6 %; cp2 (ulysses): -6.4 to -3.6 %,
-and -16.4 to -9.3 %. Peaks of pipelines, of larger meshes and on GPUs have not been compared.
+Compared with measured peaks of flux-tiny on CPUs, with each checkpointing mode (first the whole peak, then
+the part of it that is neither weights nor optimizer state):
+
+    one rank, 32 to 320 tokens, float32, bfloat16   -1.6 to +0.6 %    -5.3 to +2.1 %    MemTracker
+    fsdp2, bfloat16                                 -2.4 to -0.4 %    -6.4 to -1.0 %    FSDPMemTracker
+    tp2, bfloat16                                   -0.2 to +0.9 %    -0.8 to +2.6 %    MemTracker
+    cp2 (ulysses), bfloat16                         -6.4 to -3.6 %   -16.4 to -9.3 %    FSDPMemTracker
+    pp2 (1F1B, 4 micro-batches), bfloat16           +0.6 to +1.1 %    +1.1 to +3.4 %    LiveBytes
+
+Peaks on larger meshes and on GPUs have not been compared.
 """
 
 from __future__ import annotations
