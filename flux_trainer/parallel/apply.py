@@ -69,7 +69,7 @@ def parallelize(
     context = None
     if mesh.cp:
         heads //= mesh.size("tp")
-        context = ContextParallel(mesh.cp, _method(parallelism, heads), heads)
+        context = ContextParallel(mesh.cp, context_method(parallelism, heads), heads)
     layouts: dict[str, Layout] = {}
     parts = pipeline.parts if pipeline else [model]
     for part in parts:
@@ -95,7 +95,8 @@ def parallelize(
     return Parallel(parts, layouts, context, pipeline)
 
 
-def _method(section: Parallelism, heads: int) -> Method:
+def context_method(section: Parallelism, heads: int) -> Method:
+    """How attention reaches all tokens where a rank computes `heads` heads: what is set, or what suits."""
     if section.context_parallel_method != "auto":
         return section.context_parallel_method
     return "ring" if heads % section.context_parallel_degree else "ulysses"

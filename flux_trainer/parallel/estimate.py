@@ -25,7 +25,7 @@ from flux_trainer.models import registry
 from flux_trainer.models.attention import rope_table
 from flux_trainer.models.flops import macs
 from flux_trainer.models.flux1 import Flux1Config, Flux1Model
-from flux_trainer.parallel.apply import _method
+from flux_trainer.parallel.apply import context_method
 from flux_trainer.parallel.cast import read_as
 from flux_trainer.parallel.context import ContextParallel
 from flux_trainer.parallel.cut import take
@@ -187,7 +187,7 @@ def costs(p: Plan, mesh: Mesh | None, mode: ActivationCheckpoint) -> dict[str, C
     blocks = [block for _, block in model.blocks()]
     if mesh and mesh.cp:
         heads = p.model.num_heads // p.sizes["tp"]
-        context = ContextParallel(mesh.cp, _method(p.config.parallelism, heads), heads)
+        context = ContextParallel(mesh.cp, context_method(p.config.parallelism, heads), heads)
         context.begin(*reversed(p.tokens))
         for block in blocks:
             block.attention = context.attention  # type: ignore[assignment]

@@ -23,7 +23,7 @@ from collections.abc import Sequence
 import torch
 
 from flux_trainer.config.schema import ActivationCheckpoint
-from flux_trainer.parallel.apply import _method
+from flux_trainer.parallel.apply import context_method
 from flux_trainer.parallel.estimate import Part, Plan
 
 KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "ring", "pipeline")
@@ -86,7 +86,7 @@ def _context(p: Plan, again: bool, sent: Counter[str]) -> None:
     c = torch.promote_types(p.dtype("mixed_precision_param"), torch.float32).itemsize
     unit = p.micro_batches * p.batch * p.model.head_dim * sum(p.tokens) * heads * (ranks - 1)  # x 1 / ranks
     forward = 2 if again else 1
-    method = _method(p.config.parallelism, heads)
+    method = context_method(p.config.parallelism, heads)
     if method == "ulysses":
         sent["all-to-all"] += (forward + 1) * 4 * b * unit // ranks**2
     elif method == "ring":
