@@ -34,6 +34,7 @@ from flux_trainer.models import registry
 from flux_trainer.models.flops import train_flops_per_sample
 from flux_trainer.models.flux1 import Flux1Model
 from flux_trainer.models.init import Distribution
+from flux_trainer.parallel.arithmetic import tokens
 from flux_trainer.parallel.compile import compile_loss
 from flux_trainer.parallel.fsdp import shard
 from flux_trainer.parallel.mesh import DATA, SHARED
@@ -128,7 +129,7 @@ class FluxTrainer(Trainer):
         )
 
     def tokens_per_sample(self) -> tuple[int, int]:
-        return self.image_tokens, self.config.encoder.max_t5_encoding_len
+        return tokens(self.config)
 
     def encode(self, batch: Batch, batch_size: int, sample: bool = False) -> tuple[Tensor, Tensor, Encoded]:
         """Encode this rank's rows, `batch_size` at a time, and exchange them with the ranks that share them.

@@ -37,6 +37,7 @@ from flux_trainer.optim.ema import EMA
 from flux_trainer.optim.guard import Guard, SkippedTooOften, clip_grad_norm
 from flux_trainer.optim.schedule import lr_factor
 from flux_trainer.parallel.apply import parallelize
+from flux_trainer.parallel.arithmetic import global_batch_size, micro_batches
 from flux_trainer.parallel.fsdp import defer_all_reduce, reshard
 from flux_trainer.parallel.init import init_weights
 from flux_trainer.parallel.mesh import DATA, build_mesh
@@ -69,11 +70,10 @@ class Trainer(ABC):
 
         training = config.training
         self.compute_dtype: torch.dtype = getattr(torch, training.mixed_precision_param)
-        self.global_batch_size = training.global_batch_size
-        if self.global_batch_size == -1:
-            self.global_batch_size = training.local_batch_size * self.mesh.size(*DATA)
+        groups = self.mesh.size(*DATA)
+        self.global_batch_size = global_batch_size(training, groups)
         if self.mesh.pp:
-            count = self.global_batch_size // self.mesh.size(*DATA) // training.local_batch_size
+            count = micro_batches(training, groups)
             check_micro_batches(config.parallelism.pipeline_parallel_schedule, self.mesh.size("pp"), count)
 
         # The model: on the meta device, then sharded, and only then given memory.

@@ -11,6 +11,7 @@ from typing import Any
 from flux_trainer.config.check import check
 from flux_trainer.config.load import ConfigError, load
 from flux_trainer.config.schema import JobConfig
+from flux_trainer.parallel.arithmetic import check_mesh
 
 _USAGE = """\
 usage: flux-trainer estimate CONFIG... --gpus N [--json] [--SECTION.KEY VALUE]...
@@ -31,17 +32,14 @@ def main(argv: Sequence[str]) -> int:
         world_size, as_json, words = _own_flags(argv)
         config, notices, origins = load(words)
         notices += check(config, world_size, origins, files=False)
+        check_mesh(config, world_size)
     except ConfigError as error:
         for problem in error.problems:
             print(problem, file=sys.stderr)
         return 2
     for notice in notices:
         print(f"note: {notice}", file=sys.stderr)
-    try:
-        figures = estimate(config, world_size)
-    except ValueError as error:
-        print(error, file=sys.stderr)
-        return 2
+    figures = estimate(config, world_size)
     print(json.dumps(figures, indent=2) if as_json else table(figures))
     return 0
 
@@ -74,11 +72,7 @@ def _takes_value(word: str) -> bool:
 
 
 def estimate(config: JobConfig, world_size: int) -> dict[str, Any]:
-    """All figures of the heaviest rank, in bytes.
-
-    Raises:
-        ValueError: the model cannot be shared out so, or the pipeline cannot run such steps.
-    """
+    """All figures of the heaviest rank, in bytes. Raises ConfigError where the mesh is impossible."""
     from flux_trainer.encoders.footprint import footprint
     from flux_trainer.models.flops import num_params
     from flux_trainer.parallel import estimate as e

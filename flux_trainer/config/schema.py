@@ -185,6 +185,8 @@ class Parallelism(Section):
     fsdp_reshard_after_forward: Literal["default", "always", "never"] = "default"
     """Free a block's gathered weights after its forward; default: always, but never in a pipeline, which
     then also keeps them from micro-batch to micro-batch and reduces gradients once in a step."""
+    fsdp_prefetch: PositiveInt = 1
+    """Blocks whose weights are gathered ahead of the present one; more hides a slow network, for memory."""
     context_parallel_degree: Degree = 1
     """Ranks that share the tokens of a sample."""
     context_parallel_method: Literal["auto", "ulysses", "ring", "allgather"] = "auto"

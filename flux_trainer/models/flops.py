@@ -8,9 +8,7 @@ attention kernel, is no useful work and not counted: this is the numerator of MF
 
 from typing import NamedTuple
 
-import torch
-
-from flux_trainer.models.flux1 import TIME_DIM, Flux1Config, Flux1Model
+from flux_trainer.models.configs import TIME_DIM, Flux1Config
 
 
 class Macs(NamedTuple):
@@ -38,6 +36,10 @@ def train_flops_per_sample(config: Flux1Config, image_tokens: int, text_tokens: 
 
 def num_params(config: Flux1Config) -> int:
     """Number of parameters."""
+    import torch  # only here: settings are checked with the rest before torch is imported
+
+    from flux_trainer.models.flux1 import Flux1Model
+
     with torch.device("meta"):
         return sum(p.numel() for p in Flux1Model(config).parameters())
 

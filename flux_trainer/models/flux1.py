@@ -6,12 +6,12 @@ several devices. Shapes: B samples, L tokens, h = hidden_size, H heads of D dime
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from flux_trainer.models.attention import apply_rope, attention, rope_table
+from flux_trainer.models.configs import TIME_DIM, Flux1Config
 from flux_trainer.models.init import Constant, Distribution, Normal, Rows, xavier_uniform
 from flux_trainer.models.layers import (
     FusedLinear,
@@ -24,80 +24,8 @@ from flux_trainer.models.layers import (
     timestep_embedding,
 )
 
-TIME_DIM = 256  # sinusoids of timestep and guidance
-
 State = tuple[Tensor, Tensor, Tensor]
 """What goes from block to block: img [B, L_img, h], txt [B, L_txt, h], vec [B, h]."""
-
-
-@dataclass(frozen=True)
-class Flux1Config:
-    """Shape of a FLUX.1 transformer; the field names and their order are those of BFL's `FluxParams`."""
-
-    in_channels: int
-    """Channels of an image token (2 x 2 latents of 16 channels: 64)."""
-    out_channels: int
-    vec_in_dim: int
-    """Size of the pooled caption (CLIP: 768)."""
-    context_in_dim: int
-    """Size of a text token (T5-XXL: 4096)."""
-    hidden_size: int
-    mlp_ratio: float
-    num_heads: int
-    depth: int
-    """Double-stream blocks."""
-    depth_single_blocks: int
-    axes_dim: tuple[int, ...]
-    """Dimensions of a head given to each axis of the position ids."""
-    theta: int
-    """Base of the rotary frequencies."""
-    qkv_bias: bool
-    """Bias in the double-stream qkv projections; all other linears have one anyway."""
-    guidance_embed: bool
-    """Whether the model takes a guidance value (FLUX.1-dev does, schnell does not)."""
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "axes_dim", tuple(self.axes_dim))  # a list when read from JSON
-        for name in (
-            "in_channels",
-            "out_channels",
-            "vec_in_dim",
-            "context_in_dim",
-            "hidden_size",
-            "num_heads",
-        ):
-            if getattr(self, name) < 1:
-                raise ValueError(f"Flux1Config.{name} is {getattr(self, name)}; it must be at least 1.")
-        for name in ("depth", "depth_single_blocks"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"Flux1Config.{name} is {getattr(self, name)}; it cannot be negative.")
-        if self.mlp_hidden < 1 or self.theta <= 0:
-            raise ValueError(
-                f"Flux1Config.mlp_ratio ({self.mlp_ratio}) and theta ({self.theta}) must be positive, "
-                "and the MLP at least one channel wide."
-            )
-        if self.hidden_size % self.num_heads:
-            raise ValueError(
-                f"Flux1Config.hidden_size ({self.hidden_size}) must be a multiple of "
-                f"num_heads ({self.num_heads})."
-            )
-        if any(dim < 2 or dim % 2 for dim in self.axes_dim):
-            raise ValueError(
-                f"Flux1Config.axes_dim is {self.axes_dim}; rotary embeddings turn pairs: each must be even."
-            )
-        if sum(self.axes_dim) != self.head_dim:
-            raise ValueError(
-                f"Flux1Config.axes_dim {self.axes_dim} adds up to {sum(self.axes_dim)}; it must give the "
-                f"head dimension hidden_size / num_heads = {self.head_dim}."
-            )
-
-    @property
-    def head_dim(self) -> int:
-        return self.hidden_size // self.num_heads
-
-    @property
-    def mlp_hidden(self) -> int:
-        return int(self.hidden_size * self.mlp_ratio)
 
 
 class SelfAttention(nn.Module):

@@ -1,8 +1,14 @@
 """The models that a configuration can name, by family and flavor."""
 
-from dataclasses import replace
+from __future__ import annotations
 
-from flux_trainer.models.flux1 import Flux1Config, Flux1Model
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from flux_trainer.models.configs import Flux1Config
+
+if TYPE_CHECKING:
+    from flux_trainer.models.flux1 import Flux1Model
 
 _FLUX_DEV = Flux1Config(
     in_channels=64,
@@ -49,4 +55,6 @@ def build(name: str, flavor: str) -> Flux1Model:
         raise ValueError(f"There is no model family {name!r}; there is: flux1.")
     if flavor not in FLAVORS:
         raise ValueError(f"Family flux1 has no flavor {flavor!r}; there are: {', '.join(FLAVORS)}.")
+    from flux_trainer.models.flux1 import Flux1Model  # imports torch, which the table above must not need
+
     return Flux1Model(FLAVORS[flavor])

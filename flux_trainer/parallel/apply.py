@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
 from flux_trainer.config.schema import ActivationCheckpoint, Compile, Parallelism
-from flux_trainer.models.flops import macs
 from flux_trainer.models.flux1 import Flux1Model
+from flux_trainer.parallel.arithmetic import check_heads, cuts, holds_weights
 from flux_trainer.parallel.cast import read_as
 from flux_trainer.parallel.compile import compile_blocks
 from flux_trainer.parallel.context import ContextParallel, Method
@@ -16,8 +18,7 @@ from flux_trainer.parallel.fsdp import shard
 from flux_trainer.parallel.mesh import Mesh
 from flux_trainer.parallel.pipeline import Pipeline
 from flux_trainer.parallel.remat import apply_checkpointing
-from flux_trainer.parallel.stages import spans
-from flux_trainer.parallel.tensor import check_tensor_parallel, tensor_parallel
+from flux_trainer.parallel.tensor import tensor_parallel
 from flux_trainer.runtime.layout import Layout
 
 
@@ -57,19 +58,19 @@ def parallelize(
     Raises:
         ValueError: the model cannot be shared out so.
     """
-    pipeline, heads = None, model.config.num_heads
-    free = parallelism.fsdp_reshard_after_forward
-    hold = free == "never" or (free == "default" and mesh.pp is not None)
-    check_tensor_parallel(heads, model.config.mlp_hidden, mesh.size("tp"))
+    hold = holds_weights(parallelism)
+    check_heads(model.config, mesh.size("tp"))
+    pipeline = None
     if mesh.pp:
-        cost = macs(model.config, *tokens)
-        schedule = parallelism.pipeline_parallel_schedule
-        cuts = spans(schedule, mesh.size("pp"), cost.blocks, cost.inputs + cost.embedders, cost.head)
-        pipeline = Pipeline(model, cuts, mesh.pp, schedule=schedule, dtype=param_dtype, hold=hold)
-    context = None
-    if mesh.cp:
-        heads //= mesh.size("tp")
-        context = ContextParallel(mesh.cp, context_method(parallelism, heads), heads)
+        pipeline = Pipeline(
+            model,
+            cuts(model.config, tokens, parallelism),
+            mesh.pp,
+            schedule=parallelism.pipeline_parallel_schedule,
+            dtype=param_dtype,
+            hold=hold,
+        )
+    context = context_parallel(parallelism, mesh, model.config.num_heads)
     layouts: dict[str, Layout] = {}
     parts = pipeline.parts if pipeline else [model]
     for part in parts:
@@ -77,8 +78,7 @@ def parallelize(
         if mesh.tp:
             layouts |= tensor_parallel(part.blocks(), mesh.tp)
         if context:
-            for block in blocks:
-                block.attention = context.attention  # type: ignore[assignment]
+            share_attention(blocks, context)
         apply_checkpointing(blocks, activation_checkpoint)
         compile_blocks(blocks, compile)
         if mesh.fsdp.size() > 1:
@@ -89,10 +89,25 @@ def parallelize(
                 param_dtype=param_dtype,
                 reduce_dtype=reduce_dtype,
                 reshard_after_forward=not hold,
+                prefetch=parallelism.fsdp_prefetch,
             )
         elif param_dtype != next(part.parameters()).dtype:
             read_as(part, param_dtype)  # nothing to share: FSDP would only copy
     return Parallel(parts, layouts, context, pipeline)
+
+
+def context_parallel(section: Parallelism, mesh: Mesh, heads: int) -> ContextParallel | None:
+    """How this rank shares the tokens of a model with that many heads, if the mesh shares them out."""
+    if mesh.cp is None:
+        return None
+    heads //= mesh.size("tp")
+    return ContextParallel(mesh.cp, context_method(section, heads), heads)
+
+
+def share_attention(blocks: Iterable[nn.Module], context: ContextParallel) -> None:
+    """Let the attention of `blocks` reach the tokens of all ranks."""
+    for block in blocks:
+        block.attention = context.attention  # type: ignore[assignment]
 
 
 def context_method(section: Parallelism, heads: int) -> Method:

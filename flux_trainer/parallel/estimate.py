@@ -23,17 +23,16 @@ from flux_trainer.config.schema import ActivationCheckpoint, JobConfig, Parallel
 from flux_trainer.flow.loss import flow_loss
 from flux_trainer.models import registry
 from flux_trainer.models.attention import rope_table
-from flux_trainer.models.flops import macs
-from flux_trainer.models.flux1 import Flux1Config, Flux1Model
-from flux_trainer.parallel.apply import context_method
+from flux_trainer.models.configs import Flux1Config
+from flux_trainer.models.flux1 import Flux1Model
+from flux_trainer.parallel.apply import context_parallel, share_attention
+from flux_trainer.parallel.arithmetic import check_mesh, cuts, degrees, holds_weights, micro_batches, tokens
 from flux_trainer.parallel.cast import read_as
-from flux_trainer.parallel.context import ContextParallel
 from flux_trainer.parallel.cut import take
 from flux_trainer.parallel.group import shares
-from flux_trainer.parallel.mesh import Mesh, build_mesh, degrees
+from flux_trainer.parallel.mesh import DATA, Mesh, build_mesh
 from flux_trainer.parallel.remat import apply_checkpointing
-from flux_trainer.parallel.stages import check_micro_batches, spans
-from flux_trainer.parallel.tensor import check_tensor_parallel, tensor_parallel
+from flux_trainer.parallel.tensor import tensor_parallel
 from flux_trainer.runtime.live_bytes import Cost, fill_fake, measure
 
 MODES = {
@@ -96,9 +95,8 @@ class Plan:
 
     @property
     def hold(self) -> bool:
-        """Whether gathered weights stay between forward and backward (`parallelize`)."""
-        free = self.config.parallelism.fsdp_reshard_after_forward
-        return free == "never" or (free == "default" and self.sizes["pp"] > 1)
+        """Whether gathered weights stay between forward and backward."""
+        return holds_weights(self.config.parallelism)
 
     def dtype(self, key: str) -> torch.dtype:
         dtype: torch.dtype = getattr(torch, getattr(self.config.training, key))
@@ -109,19 +107,14 @@ def plan(config: JobConfig, world_size: int) -> Plan:
     """The arithmetic of a run on `world_size` ranks.
 
     Raises:
-        ValueError: as the run itself would.
+        ConfigError: the mesh cannot run these settings.
     """
-    model, training = registry.FLAVORS[config.model.flavor], config.training
+    check_mesh(config, world_size)
     sizes = degrees(config.parallelism, world_size)
-    groups = sizes["dp_replicate"] * sizes["dp_shard"]
-    total = training.global_batch_size
-    count = 1 if total == -1 else total // groups // training.local_batch_size
-    if sizes["pp"] > 1:
-        check_micro_batches(config.parallelism.pipeline_parallel_schedule, sizes["pp"], count)
-    check_tensor_parallel(model.num_heads, model.mlp_hidden, sizes["tp"])
-    tokens = ((training.img_size // 16) ** 2, config.encoder.max_t5_encoding_len)
-    local = (shares(tokens[0], sizes["cp"])[0], shares(tokens[1], sizes["cp"])[0])
-    return Plan(config, model, sizes, count, tokens, local)
+    count = micro_batches(config.training, prod(sizes[name] for name in DATA))
+    image, text = tokens(config)
+    local = (shares(image, sizes["cp"])[0], shares(text, sizes["cp"])[0])
+    return Plan(config, registry.FLAVORS[config.model.flavor], sizes, count, (image, text), local)
 
 
 @contextmanager
@@ -158,15 +151,11 @@ def parts(p: Plan, rank: int, mesh: Mesh | None) -> list[Part]:
         block = ".".join(name.split(".")[:2])
         end = head if name.split(".")[0] in model.HEAD else before
         shapes.get(block, end).append(tuple(parameter.shape))
-    cuts = [range(len(names))]
-    if p.sizes["pp"] > 1:
-        cost = macs(p.model, *p.tokens)
-        schedule = p.config.parallelism.pipeline_parallel_schedule
-        cuts = spans(schedule, p.sizes["pp"], cost.blocks, cost.inputs + cost.embedders, cost.head)
+    stages = cuts(p.model, p.tokens, p.config.parallelism)
     found = []
-    for stage in range(rank, len(cuts), p.sizes["pp"]):
-        first, last = stage == 0, stage == len(cuts) - 1
-        blocks = [names[i] for i in cuts[stage]]
+    for stage in range(rank, len(stages), p.sizes["pp"]):
+        first, last = stage == 0, stage == len(stages) - 1
+        blocks = [names[i] for i in stages[stage]]
         root = (before if first else []) + (head if last else [])
         found.append(Part(blocks, {"": root, **{name: shapes[name] for name in blocks}}, first, last))
     return found
@@ -185,12 +174,9 @@ def costs(p: Plan, mesh: Mesh | None, mode: ActivationCheckpoint) -> dict[str, C
     if mesh and mesh.tp:
         tensor_parallel(model.blocks(), mesh.tp)
     blocks = [block for _, block in model.blocks()]
-    if mesh and mesh.cp:
-        heads = p.model.num_heads // p.sizes["tp"]
-        context = ContextParallel(mesh.cp, context_method(p.config.parallelism, heads), heads)
+    if mesh and (context := context_parallel(p.config.parallelism, mesh, p.model.num_heads)):
         context.begin(*reversed(p.tokens))
-        for block in blocks:
-            block.attention = context.attention  # type: ignore[assignment]
+        share_attention(blocks, context)
     for block in blocks:
         apply_checkpointing([block], mode)
     with FakeTensorMode():

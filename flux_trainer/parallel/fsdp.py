@@ -27,6 +27,7 @@ def shard(
     param_dtype: torch.dtype | None = None,
     reduce_dtype: torch.dtype | None = None,
     reshard_after_forward: bool = True,
+    prefetch: int = 1,
 ) -> None:
     """Shard `blocks` one by one, then what is left of `model`, over `mesh`, in place.
 
@@ -34,6 +35,7 @@ def shard(
         param_dtype: dtype of the gathered weights, hence of the computation; None: as stored.
         reduce_dtype: dtype in which gradients are summed; None: as computed.
         reshard_after_forward: free a block's gathered weights between its forward and its backward.
+        prefetch: blocks whose weights are gathered ahead of the one that computes.
     """
     blocks = list(blocks)
     policy = MixedPrecisionPolicy(
@@ -47,6 +49,11 @@ def shard(
         if isinstance(module, FSDPModule):
             module.set_force_sum_reduction_for_comms(True)
             module.set_gradient_divide_factor(1.0)
+    if prefetch > 1:  # one is what FSDP does by itself
+        for i, block in enumerate(blocks):
+            before, after = blocks[max(0, i - prefetch) : i], blocks[i + 1 : i + 1 + prefetch]
+            block.set_modules_to_forward_prefetch(after)  # type: ignore[operator]
+            block.set_modules_to_backward_prefetch(before[::-1])  # type: ignore[operator]
     if blocks:
         # By itself FSDP gathers during a block's backward what ran before it in forward. Before the first
         # block of a pipeline's stage that was its last, for another micro-batch; the root is there anyway.

@@ -5,9 +5,9 @@ holds meanwhile,
 
     peak = stored + max over k of (kept_1 + ... + kept_(k-1) + backward_k + G_k + gradients so far)
 
-G_k is the gathered weights of the root, of block k and of the next to come, and the buffer through which the
-gradients of the one before are summed; or all gathered weights of the stage where they stay. Under a
-pipeline, what the other micro-batches in flight keep is added.
+G_k is the gathered weights of the root, of block k and of those to come next (`fsdp_prefetch`), and the
+buffer through which the gradients of the one before are summed; or all gathered weights of the stage where
+they stay. Under a pipeline, what the other micro-batches in flight keep is added.
 
 Not counted: workspaces inside operators, the allocator's fragments, the CUDA context and NCCL's buffers.
 A compiled block keeps less.
@@ -93,7 +93,8 @@ def memory(p: Plan, stages: Sequence[Part], rank: int, cost: dict[str, Cost], mi
             done = sum(part.shard(other, p.fsdp) for other in later)
             gathered = reduction = 0
             if p.wraps:
-                ahead = part.numel(names[k - 1]) if k else 0
+                first = max(0, k - p.config.parallelism.fsdp_prefetch)
+                ahead = sum(part.numel(other) for other in names[first:k])
                 here = part.numel(name) if name else 0
                 gathered = compute * (whole if p.hold else root + here + ahead)
                 previous = later[0] if later else ""

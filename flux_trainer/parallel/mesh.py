@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from flux_trainer.config.schema import Parallelism
+from flux_trainer.parallel.arithmetic import degrees
 
 DIMENSIONS = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
 DATA = ("dp_replicate", "dp_shard")  # ranks apart along these work on different samples
@@ -75,23 +76,6 @@ def build_mesh(section: Parallelism, world_size: int, device_type: str) -> Mesh:
         pp=_group(ranks, "pp"),
         shared=_group(ranks, *SHARED),
     )
-
-
-def degrees(section: Parallelism, world_size: int) -> dict[str, int]:
-    """Ranks along each dimension. Raises ValueError if they do not multiply to `world_size`."""
-    sizes = {
-        "pp": section.pipeline_parallel_degree,
-        "dp_replicate": section.data_parallel_replicate_degree,
-        "dp_shard": section.data_parallel_shard_degree,
-        "cp": section.context_parallel_degree,
-        "tp": section.tensor_parallel_degree,
-    }
-    if sizes["dp_shard"] == -1:
-        sizes["dp_shard"] = max(1, world_size // prod(n for n in sizes.values() if n != -1))
-    if prod(sizes.values()) != world_size:
-        product = " x ".join(f"{name} {n}" for name, n in sizes.items())
-        raise ValueError(f"{product} = {prod(sizes.values())} ranks, but the world has {world_size}")
-    return sizes
 
 
 def _group(ranks: torch.Tensor, *dimensions: str) -> dist.ProcessGroup | None:

@@ -38,21 +38,11 @@ from flux_trainer.models.layers import FusedLinear, RMSNorm, rms_norm
 from flux_trainer.runtime.layout import Layout, share_out
 
 
-def check_tensor_parallel(heads: int, mlp_hidden: int, degree: int) -> None:
-    """Raise ValueError unless `degree` ranks can share the attention heads and MLP features evenly."""
-    for what, size in (("attention heads", heads), ("MLP features", mlp_hidden)):
-        if size % degree:
-            raise ValueError(
-                f"The model's {size} {what} cannot be shared out evenly: {size} / {degree} "
-                f"(tensor_parallel_degree) = {size / degree:.6g} per rank. Take a degree that divides {size}."
-            )
-
-
 def tensor_parallel(blocks: Iterable[tuple[str, nn.Module]], group: ProcessGroup) -> dict[str, Layout]:
     """Share out the parameters of `blocks`, (name in the model, module), over `group`, in place.
 
-    The blocks are plain and lie on the meta device, and their sizes suit (`check_tensor_parallel`). Parameter
-    names stay; a shared-out parameter becomes a smaller one. Checkpointing, compile and FSDP come after.
+    The blocks are plain and lie on the meta device, and their sizes suit (`check_heads`). Parameter names
+    stay; a shared-out parameter becomes a smaller one. Checkpointing, compile and FSDP come after.
 
     Returns:
         By native name, the layout of each parameter that is shared out; all others are whole on every rank.

@@ -16,7 +16,8 @@ from flux_trainer.checkpoint.manager import CheckpointManager
 from flux_trainer.checkpoint.metadata import read_metadata
 from flux_trainer.checkpoint.tensors import read_tensors, total_bytes
 from flux_trainer.config.schema import Checkpoint, Optimizer
-from flux_trainer.models.flux1 import Flux1Config, Flux1Model
+from flux_trainer.models.configs import Flux1Config
+from flux_trainer.models.flux1 import Flux1Model
 from flux_trainer.optim.build import build_optimizer, optimizer_tensors
 from flux_trainer.optim.ema import EMA
 from flux_trainer.parallel.fsdp import shard

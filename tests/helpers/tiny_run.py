@@ -15,7 +15,7 @@ from flux_trainer.config.schema import JobConfig
 from flux_trainer.flux import FluxTrainer
 from flux_trainer.models import registry
 from flux_trainer.models.autoencoder import AutoEncoder, AutoEncoderConfig
-from flux_trainer.models.flux1 import Flux1Config
+from flux_trainer.models.configs import Flux1Config
 from flux_trainer.models.init import Normal
 
 ROOT = Path(__file__).parent.parent.parent

@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from flux_trainer.models.configs import Flux1Config
 from flux_trainer.models.flops import forward_flops_per_sample, train_flops_per_sample
-from flux_trainer.models.flux1 import Flux1Config, Flux1Model
+from flux_trainer.models.flux1 import Flux1Model
 from flux_trainer.models.registry import FLAVORS
 
 SMALL = Flux1Config(12, 20, 10, 14, 24, 4.0, 2, 2, 3, (4, 4, 4), 10_000, True, True)

@@ -12,7 +12,8 @@ from flux_trainer.flow.euler import euler
 from flux_trainer.flow.latents import pack, unpack
 from flux_trainer.models import layers
 from flux_trainer.models.attention import rope_table
-from flux_trainer.models.flux1 import Flux1Config, Flux1Model
+from flux_trainer.models.configs import Flux1Config
+from flux_trainer.models.flux1 import Flux1Model
 from flux_trainer.models.layers import timestep_embedding
 
 GOLDEN = Path(__file__).parents[1] / "golden"

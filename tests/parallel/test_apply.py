@@ -10,7 +10,8 @@ from torch.distributed.tensor import DTensor
 
 from flux_trainer.config.schema import ActivationCheckpoint, Compile, Parallelism
 from flux_trainer.flow.latents import image_ids, text_ids
-from flux_trainer.models.flux1 import Flux1Config, Flux1Model
+from flux_trainer.models.configs import Flux1Config
+from flux_trainer.models.flux1 import Flux1Model
 from flux_trainer.models.init import Normal
 from flux_trainer.optim.guard import clip_grad_norm
 from flux_trainer.parallel.apply import parallelize

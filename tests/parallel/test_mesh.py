@@ -8,7 +8,8 @@ import torch.distributed as dist
 from helpers.ranks import run_ranks
 
 from flux_trainer.config.schema import Parallelism
-from flux_trainer.parallel.mesh import DIMENSIONS, build_mesh, degrees
+from flux_trainer.parallel.arithmetic import degrees
+from flux_trainer.parallel.mesh import DIMENSIONS, build_mesh
 
 SIZES = {"pp": 2, "dp_replicate": 1, "dp_shard": 2, "cp": 1, "tp": 2}
 

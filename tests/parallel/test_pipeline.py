@@ -14,8 +14,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from flux_trainer.config.schema import ActivationCheckpoint, Compile, Parallelism
 from flux_trainer.flow.latents import image_ids, text_ids
+from flux_trainer.models.configs import Flux1Config
 from flux_trainer.models.flops import macs
-from flux_trainer.models.flux1 import Flux1Config, Flux1Model
+from flux_trainer.models.flux1 import Flux1Model
 from flux_trainer.models.init import Normal
 from flux_trainer.parallel.cast import read_as
 from flux_trainer.parallel.compile import compile_blocks

@@ -11,7 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from flux_trainer.config.schema import ActivationCheckpoint, Compile
 from flux_trainer.flow.latents import image_ids, text_ids
-from flux_trainer.models.flux1 import Flux1Config, Flux1Model
+from flux_trainer.models.configs import Flux1Config
+from flux_trainer.models.flux1 import Flux1Model
 from flux_trainer.models.init import Normal
 from flux_trainer.optim.guard import clip_grad_norm
 from flux_trainer.parallel import tensor
@@ -20,7 +21,7 @@ from flux_trainer.parallel.compile import compile_blocks
 from flux_trainer.parallel.fsdp import shard
 from flux_trainer.parallel.init import init_weights
 from flux_trainer.parallel.remat import apply_checkpointing
-from flux_trainer.parallel.tensor import check_tensor_parallel, tensor_parallel
+from flux_trainer.parallel.tensor import tensor_parallel
 
 CONFIG = Flux1Config(
     in_channels=64,
@@ -341,11 +342,3 @@ def graphs() -> int:
 @pytest.mark.distributed
 def test_blocks_of_a_kind_still_share_one_graph():
     assert run_ranks(2, graphs) == [2, 2]
-
-
-def test_a_degree_that_does_not_divide_is_refused_with_the_arithmetic():
-    check_tensor_parallel(24, 12288, 8)
-    with pytest.raises(ValueError, match=r"24 attention heads cannot .*: 24 / 5 \(\w+\) = 4.8"):
-        check_tensor_parallel(24, 12288, 5)
-    with pytest.raises(ValueError, match="10 MLP features"):
-        check_tensor_parallel(4, 10, 4)

@@ -1,0 +1,103 @@
+"""What the settings of a mesh come to, without torch: an impossible one is refused before it is imported.
+
+The trainer and the estimate both go by these functions.
+"""
+
+from __future__ import annotations
+
+from math import prod
+
+from flux_trainer.config.problems import ConfigError
+from flux_trainer.config.schema import JobConfig, Parallelism, Training
+from flux_trainer.models.configs import Flux1Config
+from flux_trainer.models.flops import macs
+from flux_trainer.models.registry import FLAVORS
+from flux_trainer.parallel.stages import check_micro_batches, spans
+
+
+def degrees(section: Parallelism, world_size: int) -> dict[str, int]:
+    """Ranks along each dimension. Raises ValueError if they do not multiply to `world_size`."""
+    sizes = {
+        "pp": section.pipeline_parallel_degree,
+        "dp_replicate": section.data_parallel_replicate_degree,
+        "dp_shard": section.data_parallel_shard_degree,
+        "cp": section.context_parallel_degree,
+        "tp": section.tensor_parallel_degree,
+    }
+    if sizes["dp_shard"] == -1:
+        sizes["dp_shard"] = max(1, world_size // prod(n for n in sizes.values() if n != -1))
+    if prod(sizes.values()) != world_size:
+        product = " x ".join(f"{name} {n}" for name, n in sizes.items())
+        raise ValueError(f"{product} = {prod(sizes.values())} ranks, but the world has {world_size}")
+    return sizes
+
+
+def tokens(config: JobConfig) -> tuple[int, int]:
+    """Image and text tokens of a training sample; an image token covers 16 x 16 pixels."""
+    return (config.training.img_size // 16) ** 2, config.encoder.max_t5_encoding_len
+
+
+def global_batch_size(training: Training, groups: int) -> int:
+    """Samples of an optimizer step on `groups` groups of ranks that work on different samples."""
+    total = training.global_batch_size
+    return training.local_batch_size * groups if total == -1 else total
+
+
+def micro_batches(training: Training, groups: int) -> int:
+    """Local batches of an optimizer step on each of `groups` groups."""
+    return global_batch_size(training, groups) // groups // training.local_batch_size
+
+
+def holds_weights(section: Parallelism) -> bool:
+    """Whether FSDP keeps the weights it gathered for forward until backward."""
+    setting = section.fsdp_reshard_after_forward
+    return setting == "never" or (setting == "default" and section.pipeline_parallel_degree > 1)
+
+
+def check_heads(model: Flux1Config, degree: int) -> None:
+    """Raise ValueError unless `degree` ranks can share the attention heads and MLP features evenly."""
+    for what, size in (("attention heads", model.num_heads), ("MLP features", model.mlp_hidden)):
+        if size % degree:
+            raise ValueError(
+                f"The model's {size} {what} cannot be shared out evenly: {size} / {degree} "
+                f"(tensor_parallel_degree) = {size / degree:.6g} per rank. Take a degree that divides {size}."
+            )
+
+
+def cuts(model: Flux1Config, tokens: tuple[int, int], section: Parallelism) -> list[range]:
+    """The blocks of each stage of a pipeline, of one stage without one; stages cost as equally as can be.
+
+    Args:
+        tokens: image and text tokens of a sample.
+
+    Raises:
+        ValueError: there are more stages than blocks.
+    """
+    if section.pipeline_parallel_degree == 1:
+        return [range(model.depth + model.depth_single_blocks)]
+    cost = macs(model, *tokens)
+    return spans(
+        section.pipeline_parallel_schedule,
+        section.pipeline_parallel_degree,
+        cost.blocks,
+        cost.inputs + cost.embedders,
+        cost.head,
+    )
+
+
+def check_mesh(config: JobConfig, world_size: int) -> None:
+    """Refuse a mesh on which the model cannot be shared out, or that cannot run the steps.
+
+    Raises:
+        ConfigError: with the arithmetic.
+    """
+    model, section = FLAVORS[config.model.flavor], config.parallelism
+    try:
+        sizes = degrees(section, world_size)
+        check_heads(model, sizes["tp"])
+        cuts(model, tokens(config), section)
+        if sizes["pp"] > 1:
+            count = micro_batches(config.training, sizes["dp_replicate"] * sizes["dp_shard"])
+            check_micro_batches(section.pipeline_parallel_schedule, sizes["pp"], count)
+    except ValueError as error:
+        raise ConfigError([str(error)]) from error

@@ -1,0 +1,66 @@
+"""What settings come to, and which meshes are refused, before torch is there."""
+
+import subprocess
+import sys
+
+import pytest
+
+from flux_trainer.config.problems import ConfigError
+from flux_trainer.config.schema import JobConfig, Parallelism, Training
+from flux_trainer.models.registry import FLAVORS
+from flux_trainer.parallel.arithmetic import check_heads, check_mesh, holds_weights, micro_batches
+
+
+def settings(**degrees) -> JobConfig:
+    config = JobConfig()
+    config.model.flavor = "flux-dev"
+    config.parallelism = Parallelism(**{f"{name}_parallel_degree": n for name, n in degrees.items()})
+    return config
+
+
+def test_heads_that_do_not_divide_are_refused_with_the_arithmetic():
+    check_heads(FLAVORS["flux-dev"], 8)
+    with pytest.raises(ValueError, match=r"24 attention heads cannot .*: 24 / 5 \(\w+\) = 4.8"):
+        check_heads(FLAVORS["flux-dev"], 5)
+
+
+@pytest.mark.parametrize(
+    ("degrees", "ranks", "words"),
+    [
+        ({"tensor": 5}, 10, "24 attention heads cannot be shared out evenly: 24 / 5"),
+        ({"pipeline": 58}, 58, "58 stages for 57 blocks"),
+        ({"pipeline": 4}, 4, "a step has 1, the pipeline 4 ranks"),
+        ({"context": 3}, 4, "= 3 ranks, but the world has 4"),
+    ],
+)
+def test_an_impossible_mesh_is_refused(degrees, ranks, words):
+    with pytest.raises(ConfigError, match=words):
+        check_mesh(settings(**degrees), ranks)
+
+
+def test_micro_batches_of_a_step():
+    assert micro_batches(Training(local_batch_size=2, global_batch_size=-1), 4) == 1
+    assert micro_batches(Training(local_batch_size=2, global_batch_size=48), 4) == 6
+
+
+def test_a_pipeline_holds_gathered_weights_unless_told_otherwise():
+    assert not holds_weights(Parallelism())
+    assert holds_weights(Parallelism(pipeline_parallel_degree=2))
+    assert not holds_weights(Parallelism(pipeline_parallel_degree=2, fsdp_reshard_after_forward="always"))
+    assert holds_weights(Parallelism(fsdp_reshard_after_forward="never"))
+
+
+def test_the_command_refuses_without_torch():
+    code = """
+import sys
+from flux_trainer.cli.main import main
+words = ["--model.flavor=flux-dev", "--parallelism.tensor_parallel_degree=5"]
+words += ["--data.sources.0.type=synthetic"]
+words += [f"--encoder.{name}_encoder=a/b" for name in ("t5", "clip")]
+words += ["--encoder.autoencoder_path=pyproject.toml"]
+status = main(["config", "--ngpu", "5", "--quiet", *words])
+print(status, "torch" in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, text=True)
+    assert "24 attention heads cannot be shared out evenly" in done.stderr
+    assert done.stdout == "2 False\n"
