@@ -67,6 +67,7 @@ class ContextParallel:
         # By how many tokens each rank's part is longer than this rank's. The lengths themselves are read from
         # q: a compiled block follows shapes, and is compiled anew only for another pattern of remainders.
         self._longer: tuple[int, ...] = ()
+        self._own = 0
 
     def begin(self, *lengths: int) -> None:
         """Before each forward: the whole lengths of the streams that meet in attention (text, image).
@@ -74,7 +75,8 @@ class ContextParallel:
         They hold for that forward, its backward and recomputation, until the next `begin`.
         """
         parts = [sum(part) for part in zip(*(shares(n, self.size) for n in lengths), strict=True)]
-        self._longer = tuple(part - parts[self.rank] for part in parts)
+        self._own = parts[self.rank]
+        self._longer = tuple(part - self._own for part in parts)
 
     def split(self, *streams: Tensor) -> tuple[Tensor, ...]:
         """This rank's tokens of each stream [B, L, ...]: views [B, L_r, ...]."""
@@ -87,7 +89,8 @@ class ContextParallel:
 
     def attention(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attention of this rank's queries to all ranks' keys: [B, L_r, H, D] in and out."""
-        assert self._longer, "begin() comes before a forward"
+        if not torch.compiler.is_compiling():  # there it would tie the graph to a length
+            assert q.shape[1] == self._own, f"{q.shape[1]} tokens, but begin() said {self._own}"
         lengths = [q.shape[1] + more for more in self._longer]
         if self.method == "ring":
             return ring_attention(q, k, v, lengths, self.group_name)[0]

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.ranks import run_ranks
+from helpers.small_model import small
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
@@ -16,7 +17,6 @@ from flux_trainer.checkpoint.manager import CheckpointManager
 from flux_trainer.checkpoint.metadata import read_metadata
 from flux_trainer.checkpoint.tensors import read_tensors, total_bytes
 from flux_trainer.config.schema import Checkpoint, Optimizer
-from flux_trainer.models.configs import Flux1Config
 from flux_trainer.models.flux1 import Flux1Model
 from flux_trainer.optim.build import build_optimizer, optimizer_tensors
 from flux_trainer.optim.ema import EMA
@@ -27,20 +27,15 @@ from flux_trainer.runtime.layout import Layout
 
 pytestmark = pytest.mark.distributed
 
-CONFIG = Flux1Config(
+CONFIG = small(
     in_channels=8,
     out_channels=7,  # rows that do not divide
     vec_in_dim=6,
     context_in_dim=6,
     hidden_size=24,
-    mlp_ratio=2.0,
-    num_heads=4,
     depth=1,
     depth_single_blocks=1,
     axes_dim=(2, 2, 2),
-    theta=10000,
-    qkv_bias=True,
-    guidance_embed=True,
 )
 Mesh = tuple[int, int, int]
 """dp_replicate, fsdp, tp."""

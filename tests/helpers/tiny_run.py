@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from helpers.small_model import small
 from safetensors.torch import save_file
 
 from flux_trainer.config.load import load_config
@@ -15,25 +16,10 @@ from flux_trainer.config.schema import JobConfig
 from flux_trainer.flux import FluxTrainer
 from flux_trainer.models import registry
 from flux_trainer.models.autoencoder import AutoEncoder, AutoEncoderConfig
-from flux_trainer.models.configs import Flux1Config
 from flux_trainer.models.init import Normal
 
 ROOT = Path(__file__).parent.parent.parent
-MODEL = Flux1Config(
-    in_channels=64,
-    out_channels=64,
-    vec_in_dim=16,
-    context_in_dim=16,
-    hidden_size=32,
-    mlp_ratio=2.0,
-    num_heads=4,
-    depth=2,
-    depth_single_blocks=2,
-    axes_dim=(2, 2, 4),
-    theta=10000,
-    qkv_bias=True,
-    guidance_embed=True,
-)
+MODEL = small(vec_in_dim=16, context_in_dim=16)
 
 
 def write_assets(folder: Path) -> None:

@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.ranks import run_ranks
+from helpers.small_model import small
 from torch.distributed.tensor import DTensor
 
 from flux_trainer.config.schema import ActivationCheckpoint, Compile, Parallelism
 from flux_trainer.flow.latents import image_ids, text_ids
-from flux_trainer.models.configs import Flux1Config
 from flux_trainer.models.flux1 import Flux1Model
 from flux_trainer.models.init import Normal
 from flux_trainer.optim.guard import clip_grad_norm
@@ -19,21 +19,7 @@ from flux_trainer.parallel.fsdp import defer_all_reduce, shard
 from flux_trainer.parallel.init import init_weights
 from flux_trainer.parallel.mesh import build_mesh
 
-CONFIG = Flux1Config(
-    in_channels=64,
-    out_channels=64,
-    vec_in_dim=12,
-    context_in_dim=20,
-    hidden_size=16,
-    mlp_ratio=4.0,
-    num_heads=2,
-    depth=1,
-    depth_single_blocks=2,
-    axes_dim=(2, 2, 4),
-    theta=10000,
-    qkv_bias=True,
-    guidance_embed=True,
-)
+CONFIG = small(hidden_size=16, mlp_ratio=4.0, num_heads=2, depth=1)
 BATCH = 8
 
 

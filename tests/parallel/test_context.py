@@ -374,6 +374,22 @@ def test_operators_are_what_the_compiler_takes_them_for():
     assert all(run_ranks(2, operators))
 
 
+def forgotten_begin() -> str:
+    cp = ContextParallel(dist.group.WORLD, "ring", 2)
+    cp.begin(4, 8)
+    q = torch.randn(1, 7, 2, 4)
+    try:
+        cp.attention(q, q, q)
+    except AssertionError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.distributed
+def test_a_forward_of_lengths_that_nobody_announced_fails():
+    assert run_ranks(2, forgotten_begin) == ["7 tokens, but begin() said 6"] * 2
+
+
 def test_shares_are_those_of_tensor_split():
     for n in range(12):
         for size in range(1, 6):

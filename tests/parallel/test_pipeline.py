@@ -8,13 +8,13 @@ import pytest
 import torch
 import torch.distributed as dist
 from helpers.ranks import run_ranks
+from helpers.small_model import small
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from flux_trainer.config.schema import ActivationCheckpoint, Compile, Parallelism
 from flux_trainer.flow.latents import image_ids, text_ids
-from flux_trainer.models.configs import Flux1Config
 from flux_trainer.models.flops import macs
 from flux_trainer.models.flux1 import Flux1Model
 from flux_trainer.models.init import Normal
@@ -29,21 +29,7 @@ from flux_trainer.parallel.remat import apply_checkpointing
 from flux_trainer.parallel.stages import spans
 from flux_trainer.runtime.dist import PeerLost
 
-CONFIG = Flux1Config(
-    in_channels=64,
-    out_channels=64,
-    vec_in_dim=12,
-    context_in_dim=20,
-    hidden_size=16,
-    mlp_ratio=2.0,
-    num_heads=2,
-    depth=2,
-    depth_single_blocks=4,
-    axes_dim=(2, 2, 4),
-    theta=10000,
-    qkv_bias=True,
-    guidance_embed=True,
-)
+CONFIG = small(hidden_size=16, num_heads=2, depth_single_blocks=4)
 MICRO_BATCHES = 4
 SMALL = {"size": 1, "text": 4, "width": 4}  # another shape than the default one of `micro_batches`
 

@@ -5,13 +5,13 @@ from dataclasses import replace
 import pytest
 import torch
 from helpers.ranks import run_ranks
+from helpers.small_model import small
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from flux_trainer.config.schema import ActivationCheckpoint, Compile
 from flux_trainer.flow.latents import image_ids, text_ids
-from flux_trainer.models.configs import Flux1Config
 from flux_trainer.models.flux1 import Flux1Model
 from flux_trainer.models.init import Normal
 from flux_trainer.optim.guard import clip_grad_norm
@@ -23,21 +23,7 @@ from flux_trainer.parallel.init import init_weights
 from flux_trainer.parallel.remat import apply_checkpointing
 from flux_trainer.parallel.tensor import tensor_parallel
 
-CONFIG = Flux1Config(
-    in_channels=64,
-    out_channels=64,
-    vec_in_dim=12,
-    context_in_dim=20,
-    hidden_size=32,
-    mlp_ratio=3.0,
-    num_heads=4,
-    depth=2,
-    depth_single_blocks=2,
-    axes_dim=(2, 2, 4),
-    theta=10000,
-    qkv_bias=True,
-    guidance_embed=True,
-)
+CONFIG = small(mlp_ratio=3.0)
 BATCH, TXT, IMG = 4, 5, 6
 
 
