@@ -32,8 +32,8 @@ from flux_trainer.metrics.console import validation_line
 from flux_trainer.metrics.pictures import grid
 from flux_trainer.models import registry
 from flux_trainer.models.flops import train_flops_per_sample
-from flux_trainer.models.flux1 import Flux1Model
 from flux_trainer.models.init import Distribution
+from flux_trainer.models.model import FluxModel
 from flux_trainer.parallel.arithmetic import tokens
 from flux_trainer.parallel.compile import compile_loss
 from flux_trainer.parallel.fsdp import shard
@@ -79,7 +79,7 @@ class FluxTrainer(Trainer):
         self.prompts = read_prompts(config.validation)
         self.held_out = self.build_validation_loader()
 
-    def build_model(self) -> tuple[Flux1Model, Mapping[str, Distribution]]:
+    def build_model(self) -> tuple[FluxModel, Mapping[str, Distribution]]:
         model = registry.build(self.config.model.name, self.config.model.flavor)
         return model, model.init_distributions()
 

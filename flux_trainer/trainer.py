@@ -29,8 +29,8 @@ from flux_trainer.metrics.meter import Meter
 from flux_trainer.metrics.peak import device_peak_flops
 from flux_trainer.metrics.profiler import Profiler
 from flux_trainer.metrics.writers import Writers
-from flux_trainer.models.flux1 import Flux1Model
 from flux_trainer.models.init import Distribution
+from flux_trainer.models.model import FluxModel
 from flux_trainer.optim.build import build_optimizer, optimizer_tensors, set_lr
 from flux_trainer.optim.build import step as optimizer_step
 from flux_trainer.optim.ema import EMA
@@ -134,7 +134,7 @@ class Trainer(ABC):
     # What a subclass says.
 
     @abstractmethod
-    def build_model(self) -> tuple[Flux1Model, Mapping[str, Distribution]]:
+    def build_model(self) -> tuple[FluxModel, Mapping[str, Distribution]]:
         """The plain model, and the distribution of each weight. Runs on the meta device."""
 
     @abstractmethod

@@ -1,12 +1,60 @@
 """Shapes of the models, without torch: settings are checked with them before it is imported."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 TIME_DIM = 256  # sinusoids of timestep and guidance
 
 
+class _Shape:
+    """What both families' shapes have in common."""
+
+    hidden_size: int
+    mlp_ratio: float
+    num_heads: int
+    axes_dim: tuple[int, ...]
+    theta: int
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_heads
+
+    @property
+    def mlp_hidden(self) -> int:
+        return int(self.hidden_size * self.mlp_ratio)
+
+    def _check(self, *positive: str) -> None:
+        """Raise ValueError for what no model can be built of; the fields named must be positive."""
+        name = type(self).__name__
+        object.__setattr__(self, "axes_dim", tuple(self.axes_dim))  # a list when read from JSON
+        for field in positive:
+            if getattr(self, field) < 1:
+                raise ValueError(f"{name}.{field} is {getattr(self, field)}; it must be at least 1.")
+        for field in ("depth", "depth_single_blocks"):
+            if getattr(self, field) < 0:
+                raise ValueError(f"{name}.{field} is {getattr(self, field)}; it cannot be negative.")
+        if self.mlp_hidden < 1 or self.theta <= 0:
+            raise ValueError(
+                f"{name}.mlp_ratio ({self.mlp_ratio}) and theta ({self.theta}) must be positive, "
+                "and the MLP at least one channel wide."
+            )
+        if self.hidden_size % self.num_heads:
+            raise ValueError(
+                f"{name}.hidden_size ({self.hidden_size}) must be a multiple of num_heads ({self.num_heads})."
+            )
+        if any(dim < 2 or dim % 2 for dim in self.axes_dim):
+            raise ValueError(
+                f"{name}.axes_dim is {self.axes_dim}; rotary embeddings turn pairs: each must be even."
+            )
+        if sum(self.axes_dim) != self.head_dim:
+            raise ValueError(
+                f"{name}.axes_dim {self.axes_dim} adds up to {sum(self.axes_dim)}; it must give the "
+                f"head dimension hidden_size / num_heads = {self.head_dim}."
+            )
+
+
 @dataclass(frozen=True)
-class Flux1Config:
+class Flux1Config(_Shape):
     """Shape of a FLUX.1 transformer; the field names and their order are those of BFL's `FluxParams`."""
 
     in_channels: int
@@ -31,45 +79,37 @@ class Flux1Config:
     guidance_embed: bool
     """Whether the model takes a guidance value (FLUX.1-dev does, schnell does not)."""
 
+    bias: ClassVar[bool] = True  # in all linears but qkv
+    gated: ClassVar[bool] = False  # MLPs with GELU
+
     def __post_init__(self) -> None:
-        object.__setattr__(self, "axes_dim", tuple(self.axes_dim))  # a list when read from JSON
-        for name in (
-            "in_channels",
-            "out_channels",
-            "vec_in_dim",
-            "context_in_dim",
-            "hidden_size",
-            "num_heads",
-        ):
-            if getattr(self, name) < 1:
-                raise ValueError(f"Flux1Config.{name} is {getattr(self, name)}; it must be at least 1.")
-        for name in ("depth", "depth_single_blocks"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"Flux1Config.{name} is {getattr(self, name)}; it cannot be negative.")
-        if self.mlp_hidden < 1 or self.theta <= 0:
-            raise ValueError(
-                f"Flux1Config.mlp_ratio ({self.mlp_ratio}) and theta ({self.theta}) must be positive, "
-                "and the MLP at least one channel wide."
-            )
-        if self.hidden_size % self.num_heads:
-            raise ValueError(
-                f"Flux1Config.hidden_size ({self.hidden_size}) must be a multiple of "
-                f"num_heads ({self.num_heads})."
-            )
-        if any(dim < 2 or dim % 2 for dim in self.axes_dim):
-            raise ValueError(
-                f"Flux1Config.axes_dim is {self.axes_dim}; rotary embeddings turn pairs: each must be even."
-            )
-        if sum(self.axes_dim) != self.head_dim:
-            raise ValueError(
-                f"Flux1Config.axes_dim {self.axes_dim} adds up to {sum(self.axes_dim)}; it must give the "
-                f"head dimension hidden_size / num_heads = {self.head_dim}."
-            )
+        self._check("in_channels", "out_channels", "vec_in_dim", "context_in_dim", "hidden_size", "num_heads")
 
-    @property
-    def head_dim(self) -> int:
-        return self.hidden_size // self.num_heads
 
-    @property
-    def mlp_hidden(self) -> int:
-        return int(self.hidden_size * self.mlp_ratio)
+@dataclass(frozen=True)
+class Flux2Config(_Shape):
+    """Shape of a FLUX.2 transformer; the field names and their order are those of BFL's `Flux2Params`."""
+
+    in_channels: int
+    """Channels of an image token, in and out (the autoencoder's 128)."""
+    context_in_dim: int
+    """Size of a text token (three layers of the text encoder side by side)."""
+    hidden_size: int
+    num_heads: int
+    depth: int
+    """Double-stream blocks."""
+    depth_single_blocks: int
+    axes_dim: tuple[int, ...]
+    """Dimensions of a head given to each axis of the position ids: time, height, width, text."""
+    theta: int
+    """Base of the rotary frequencies."""
+    mlp_ratio: float
+    use_guidance_embed: bool
+    """Whether the model takes a guidance value (dev does, klein does not)."""
+
+    bias: ClassVar[bool] = False
+    qkv_bias: ClassVar[bool] = False
+    gated: ClassVar[bool] = True  # MLPs with SwiGLU
+
+    def __post_init__(self) -> None:
+        self._check("in_channels", "context_in_dim", "hidden_size", "num_heads")

@@ -44,10 +44,10 @@ class FusedLinear(nn.Linear):
 class MLPEmbedder(nn.Module):
     """Two linears with a SiLU between them: [B, in_dim] -> [B, hidden_dim]."""
 
-    def __init__(self, in_dim: int, hidden_dim: int) -> None:
+    def __init__(self, in_dim: int, hidden_dim: int, bias: bool = True) -> None:
         super().__init__()
-        self.in_layer = nn.Linear(in_dim, hidden_dim)
-        self.out_layer = nn.Linear(hidden_dim, hidden_dim)
+        self.in_layer = nn.Linear(in_dim, hidden_dim, bias)
+        self.out_layer = nn.Linear(hidden_dim, hidden_dim, bias)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.out_layer(F.silu(self.in_layer(x)))
@@ -91,16 +91,35 @@ class LayerNorm(nn.LayerNorm):
         super().__init__(dim, eps=NORM_EPS, elementwise_affine=False)
 
 
+class GELU(nn.GELU):
+    """In its tanh form."""
+
+    def __init__(self) -> None:
+        super().__init__(approximate="tanh")
+
+
+class SwiGLU(nn.Module):
+    """silu(gate) * up (Shazeer, 2020), of two tensors, or of the halves of one."""
+
+    def forward(self, *x: Tensor) -> Tensor:
+        gate, up = x if len(x) == 2 else x[0].chunk(2, dim=-1)
+        return F.silu(gate) * up
+
+
 class Modulation(nn.Module):
-    """The conditioning vector [B, h] to `triples` x (shift, scale, gate), each [B, 1, h]."""
+    """The conditioning vector [B, h] to `triples` x (shift, scale, gate), side by side: [B, 3 triples h]."""
 
-    def __init__(self, dim: int, triples: int) -> None:
+    def __init__(self, dim: int, triples: int, bias: bool = True) -> None:
         super().__init__()
-        self.chunks = 3 * triples
-        self.lin = nn.Linear(dim, self.chunks * dim)
+        self.lin = nn.Linear(dim, 3 * triples * dim, bias)
 
-    def forward(self, vec: Tensor) -> tuple[Tensor, ...]:
-        return self.lin(F.silu(vec))[:, None, :].chunk(self.chunks, dim=-1)
+    def forward(self, vec: Tensor) -> Tensor:
+        return self.lin(F.silu(vec))
+
+
+def split_modulation(mod: Tensor, triples: int) -> tuple[Tensor, ...]:
+    """shift, scale, gate, `triples` times over, each [B, 1, h], of what `Modulation` returned."""
+    return mod[:, None, :].chunk(3 * triples, dim=-1)
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
@@ -111,11 +130,11 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 class LastLayer(nn.Module):
     """adaLN and a linear to the output channels: [B, L, h] -> [B, L, out_channels]."""
 
-    def __init__(self, dim: int, out_channels: int) -> None:
+    def __init__(self, dim: int, out_channels: int, bias: bool = True) -> None:
         super().__init__()
         self.norm_final = LayerNorm(dim)
-        self.linear = nn.Linear(dim, out_channels)
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 2 * dim))
+        self.linear = nn.Linear(dim, out_channels, bias)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 2 * dim, bias))
 
     def forward(self, x: Tensor, vec: Tensor) -> Tensor:
         shift, scale = self.adaLN_modulation(vec)[:, None, :].chunk(2, dim=-1)

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from flux_trainer.config.schema import ActivationCheckpoint, Compile, Parallelism
-from flux_trainer.models.flux1 import Flux1Model
+from flux_trainer.models.model import FluxModel
 from flux_trainer.parallel.arithmetic import check_heads, cuts, holds_weights
 from flux_trainer.parallel.cast import read_as
 from flux_trainer.parallel.compile import compile_blocks
@@ -26,7 +26,7 @@ from flux_trainer.runtime.layout import Layout
 class Parallel:
     """What this rank has of a model that a mesh computes together."""
 
-    parts: list[Flux1Model]
+    parts: list[FluxModel]
     """The model; of a pipeline, this rank's stages."""
     layouts: dict[str, Layout]
     """By name, of those parameters of which this rank holds a part for tensor parallelism."""
@@ -37,7 +37,7 @@ class Parallel:
 
 
 def parallelize(
-    model: Flux1Model,
+    model: FluxModel,
     mesh: Mesh,
     *,
     tokens: tuple[int, int],

@@ -1,7 +1,7 @@
 """Cutting a model into parts that run one after another.
 
 A model is embedders, blocks, and a head. Its `forward` goes on from `state`, what the part before returned,
-where it has no embedders, and returns its own where it has no head (`Flux1Model.forward`).
+where it has no embedders, and returns its own where it has no head (`FluxModel.forward`).
 """
 
 from __future__ import annotations
@@ -9,10 +9,10 @@ from __future__ import annotations
 import copy
 from collections.abc import Collection
 
-from flux_trainer.models.flux1 import Flux1Model
+from flux_trainer.models.model import FluxModel
 
 
-def take(model: Flux1Model, blocks: Collection[int], *, embedders: bool, head: bool) -> Flux1Model:
+def take(model: FluxModel, blocks: Collection[int], *, embedders: bool, head: bool) -> FluxModel:
     """A copy of `model` with these of its blocks, with or without what comes before and after them.
 
     Parameters keep their names. The model says by `blocks()` which blocks it has, by `HEAD` what comes after.

@@ -30,7 +30,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining.schedules import PipelineScheduleMulti, get_schedule_class
 
-from flux_trainer.models.flux1 import Flux1Model
+from flux_trainer.models.model import FluxModel
 from flux_trainer.parallel.cut import take
 from flux_trainer.parallel.stages import STAGES_PER_RANK
 from flux_trainer.runtime.dist import PeerLost
@@ -48,7 +48,7 @@ class Pipeline:
 
     def __init__(
         self,
-        model: Flux1Model,
+        model: FluxModel,
         spans: Sequence[range],
         group: dist.ProcessGroup,
         *,
@@ -186,7 +186,7 @@ class Pipeline:
         )
         return output if self.numbers[local] < self.last else output[0]
 
-    def _before_backward(self, part: Flux1Model, is_last: bool) -> None:
+    def _before_backward(self, part: FluxModel, is_last: bool) -> None:
         """Tell FSDP what to do after the coming backward."""
         if isinstance(part, FSDPModule):
             part.set_is_last_backward(is_last)
