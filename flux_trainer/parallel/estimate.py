@@ -25,6 +25,7 @@ from flux_trainer.models import registry
 from flux_trainer.models.attention import rope_table
 from flux_trainer.models.configs import Flux1Config
 from flux_trainer.models.flux1 import Flux1Model
+from flux_trainer.models.model import FluxModel
 from flux_trainer.parallel.apply import context_parallel, share_attention
 from flux_trainer.parallel.arithmetic import check_mesh, cuts, degrees, holds_weights, micro_batches, tokens
 from flux_trainer.parallel.cast import read_as
@@ -213,7 +214,7 @@ def _block_cost(p: Plan, block: nn.Module) -> Cost:
     return measure(lambda: [block(x, vec, pe)], [*weights, x, vec, pe])
 
 
-def _end_cost(p: Plan, end: Flux1Model) -> Cost:
+def _end_cost(p: Plan, end: FluxModel) -> Cost:
     weights = _present(p, end)
     wide = torch.promote_types(p.dtype("mixed_precision_param"), torch.float32)
     image, text = p.local_tokens
