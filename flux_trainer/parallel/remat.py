@@ -26,6 +26,7 @@ DEAR = {
     aten._scaled_dot_product_cudnn_attention.default,
     aten._scaled_dot_product_flash_attention_for_cpu.default,
     torch.ops._c10d_functional.all_reduce.default,  # tensor parallelism's sums
+    torch.ops._c10d_functional.all_gather_into_tensor.default,  # and modulations
     *COLLECTIVES,  # context parallelism's exchanges
 }
 MATMULS = {aten.mm.default, aten.addmm.default}

@@ -17,9 +17,9 @@ collectives have these numbers of elements, in the dtype of the computation:
                    backward  all-reduce B L h + B h + 2 D
 
 Over n ranks, a ring sends 2 (n - 1) / n times as many for an all-reduce, (n - 1) / n times for an all-gather.
-A block that is recomputed in backward repeats the collectives of its forward, but for the all-reduces, which
-selective checkpointing keeps. 4 D and 2 D are the scales of query and key norms: whole on every rank but
-applied to its own heads only, so that their gradients are partial sums.
+A block that is recomputed in backward repeats the collectives of its forward; selective checkpointing keeps
+their results instead. 4 D and 2 D are the scales of query and key norms: whole on every rank but applied to
+its own heads only, so that their gradients are partial sums.
 """
 
 from __future__ import annotations

@@ -11,7 +11,9 @@ an all-reduce. With m micro-batches,
     context  all-to-all, ring, all-gather and reduce-scatter    as `parallel/context.py` says
     pipeline                 a state forward and its gradient back, each m times
 
-Full checkpointing repeats what forward sends, selective checkpointing tensor parallelism's all-gathers.
+Full checkpointing repeats what forward sends; selective checkpointing keeps what has come, and sends nothing
+twice. `tests/parallel/test_traffic.py` counts real steps and compares. Where tokens or heads do not divide
+by the ranks of a context parallel group, each sends a little more or less (`parallel/context.py`).
 Left out is what a step sends beside: encoded samples, T5's gathered weights, the gradients' norm.
 """
 
@@ -38,7 +40,7 @@ def traffic(p: Plan, stages: Sequence[Part], mode: ActivationCheckpoint) -> dict
         for index, name in enumerate(part.blocks):
             double = name.startswith("double")
             if p.sizes["tp"] > 1:
-                _tensor(p, double, full[index], mode, sent)
+                _tensor(p, double, full[index], sent)
             if p.sizes["cp"] > 1:
                 _context(p, full[index], sent)
         if p.sizes["pp"] > 1:
@@ -69,15 +71,15 @@ def _weights(p: Plan, part: Part, sent: Counter[str]) -> None:
         sent["all-reduce"] += 2 * (copies - 1) * shard * reduce // copies
 
 
-def _tensor(p: Plan, double: bool, again: bool, mode: ActivationCheckpoint, sent: Counter[str]) -> None:
+def _tensor(p: Plan, double: bool, again: bool, sent: Counter[str]) -> None:
     n, h = p.sizes["tp"], p.model.hidden_size
     unit = p.micro_batches * p.dtype("mixed_precision_param").itemsize
     sums = p.batch * sum(p.local_tokens) * h * (2 if double else 1)
     gathered = p.batch * h * (12 if double else 3)
     back = sums + (2 * p.batch * h + 4 * p.model.head_dim if double else p.batch * h + 2 * p.model.head_dim)
-    selective = mode.mode == "selective" and mode.selective_ac_option == "op"
-    sent["all-reduce"] += 2 * (n - 1) * unit * (sums * (2 if again else 1) + back) // n
-    sent["all-gather"] += (n - 1) * unit * gathered * (2 if again or selective else 1) // n
+    forward = 2 if again else 1
+    sent["all-reduce"] += 2 * (n - 1) * unit * (forward * sums + back) // n
+    sent["all-gather"] += (n - 1) * unit * forward * gathered // n
 
 
 def _context(p: Plan, again: bool, sent: Counter[str]) -> None:

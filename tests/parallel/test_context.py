@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from helpers.ranks import run_ranks
+from helpers.sent import Sent
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.distributed.device_mesh import init_device_mesh
@@ -159,57 +160,16 @@ def test_what_cannot_be_split_is_refused():
     assert "'zigzag' is none of ulysses, ring, allgather" in unknown
 
 
-class Sent:
-    """Counts calls of collectives, and the bytes that this rank sends in them."""
-
-    def __init__(self) -> None:
-        self.calls: Counter[str] = Counter()
-        self.bytes = 0
-        size, rank = dist.get_world_size(), dist.get_rank()
-        all_to_all, p2p = dist.all_to_all_single, dist.batch_isend_irecv
-        gather, scatter = gathered._all_gather, gathered._reduce_scatter
-
-        def count(name: str, elements: int, x: Tensor, calls: int = 1) -> None:
-            self.calls[name] += calls
-            self.bytes += elements * x.element_size()
-
-        def count_all_to_all(output, x, output_splits, input_splits, group):
-            count("all_to_all", sum(input_splits) - input_splits[rank], x)
-            return all_to_all(output, x, output_splits, input_splits, group=group)
-
-        def count_p2p(messages):
-            for message in messages:
-                if message.op is dist.isend:
-                    count("send", message.tensor.numel(), message.tensor)
-            return p2p(messages)
-
-        def count_gather(output, x, **options):
-            count("all_gather", (size - 1) * x.numel(), x)
-            return gather(output, x, **options)
-
-        def count_scatter(output, x, **options):
-            count("reduce_scatter", (size - 1) * output.numel(), x)
-            return scatter(output, x, **options)
-
-        dist.all_to_all_single, dist.batch_isend_irecv = count_all_to_all, count_p2p
-        gathered._all_gather, gathered._reduce_scatter = count_gather, count_scatter
-
-    def take(self) -> tuple[dict[str, int], int]:
-        taken = dict(self.calls), self.bytes
-        self.calls.clear()
-        self.bytes = 0
-        return taken
-
-
 def sent_per_call(options: dict) -> dict[str, list]:
-    case, sent, counts = Case(**options), Sent(), {}
+    case, counts = Case(**options), {}
     for method in METHODS:
         cp = ContextParallel(dist.group.WORLD, method, case.heads)
         cp.begin(case.txt, case.img)
-        out = cp.attention(*(local(cp, case, x).requires_grad_() for x in tokens(case, 3)))
-        counts[method] = [sent.take()]
-        out.sum().backward()
-        counts[method].append(sent.take())
+        with Sent() as sent:
+            out = cp.attention(*(local(cp, case, x).requires_grad_() for x in tokens(case, 3)))
+            counts[method] = [sent.take()]
+            out.sum().backward()
+            counts[method].append(sent.take())
     return counts
 
 
@@ -228,14 +188,14 @@ def test_every_byte_is_foreseen(dtype):
         gathers = 2 * (size - 1) * max(lengths) * case.heads
         want = {
             "ulysses": [
-                ({"all_to_all": 2}, (3 * out_heads + out_tokens) * b),
-                ({"all_to_all": 2}, (out_heads + 3 * out_tokens) * b),
+                ({"all-to-all": 2}, (3 * out_heads + out_tokens) * b),
+                ({"all-to-all": 2}, (out_heads + 3 * out_tokens) * b),
             ],
             "ring": [
                 ({"send": 4}, blocks * case.heads * b),
                 ({"send": 8}, blocks * case.heads * b + sums * case.heads * c),
             ],
-            "allgather": [({"all_gather": 2}, gathers * b), ({"reduce_scatter": 2}, gathers * c)],
+            "allgather": [({"all-gather": 2}, gathers * b), ({"reduce-scatter": 2}, gathers * c)],
         }
         for method, (forward, backward) in want.items():
             for (calls, got), (want_calls, elements) in zip(counts[method], (forward, backward), strict=True):
@@ -271,7 +231,7 @@ def step(block: Block, x: Tensor) -> list[Tensor]:
 
 def blocks(compiled: bool) -> dict:
     """Per method and checkpointing mode: the largest error of a block's step, and its messages."""
-    case, sent, found = Case(txt=5, img=8), Sent(), {}
+    case, found = Case(txt=5, img=8), {}
     (x,) = tokens(case, 1)
     x = x.flatten(2)
     want = step(Block(case.heads, case.dim), x)
@@ -287,15 +247,14 @@ def blocks(compiled: bool) -> dict:
             if compiled:
                 torch._dynamo.reset()
                 block.forward = torch.compile(block.forward, backend="aot_eager", fullgraph=True)
-            sent.take()
-            out, *grads = step(block, local(cp, case, x))
-            calls, _ = sent.take()
+            with Sent(operators=not compiled) as sent:
+                out, *grads = step(block, local(cp, case, x))
             for gradient in grads[1:]:  # of weights: each rank has its tokens' share
                 dist.all_reduce(gradient)
             got = [out, *grads]
             locals_ = [local(cp, case, y) if i < 2 else y for i, y in enumerate(want)]
             error = max(relative(a, b) for a, b in zip(got, locals_, strict=True))
-            found[method, mode] = error, calls
+            found[method, mode] = error, sent.calls
     return found
 
 
@@ -303,8 +262,8 @@ def blocks(compiled: bool) -> dict:
 @pytest.mark.parametrize("compiled", [False, True])
 def test_checkpointing_and_compiling(compiled):
     """The same numbers; full recomputation repeats the forward's messages, the selective one none."""
-    forward = {"ulysses": {"all_to_all": 2}, "ring": {"send": 2}, "allgather": {"all_gather": 2}}
-    backward = {"ulysses": {"all_to_all": 2}, "ring": {"send": 4}, "allgather": {"reduce_scatter": 2}}
+    forward = {"ulysses": {"all-to-all": 2}, "ring": {"send": 2}, "allgather": {"all-gather": 2}}
+    backward = {"ulysses": {"all-to-all": 2}, "ring": {"send": 4}, "allgather": {"reduce-scatter": 2}}
     for result in run_ranks(2, blocks, compiled, timeout=60):
         for (method, mode), (error, calls) in result.items():
             assert error <= 1e-12, (method, mode, error)

@@ -1,0 +1,148 @@
+"""What a rank sends in a step, counted, against the formulas of `parallel/traffic.py`: to the byte.
+
+Where there is no pipeline, the rank is one of a fake world: its step is the real one, with nobody to talk to.
+"""
+
+from collections import Counter
+from math import prod
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from helpers.fake_world import fake_world
+from helpers.ranks import run_ranks
+from helpers.sent import Sent
+from helpers.tiny_run import MODEL, TinyTrainer, tiny_config, write_assets
+
+from flux_trainer.flux import MicroBatch
+from flux_trainer.models import registry
+from flux_trainer.parallel.estimate import parts, plan
+from flux_trainer.parallel.traffic import KINDS, traffic
+
+DEGREES = {
+    "replicate": "data_parallel_replicate_degree",
+    "shard": "data_parallel_shard_degree",
+    "cp": "context_parallel_degree",
+    "tp": "tensor_parallel_degree",
+    "pp": "pipeline_parallel_degree",
+}
+
+
+def flags(mesh: dict, micro: int, **more: str) -> list[str]:
+    """Settings of a mesh by its degrees, with `micro` local batches of two 32-px images in a step."""
+    groups = mesh.get("replicate", 1) * mesh.get("shard", 1)
+    settings = {
+        **{f"parallelism.{DEGREES[name]}": degree for name, degree in mesh.items()},
+        "training.img_size": 32,
+        "training.local_batch_size": 2,
+        "training.global_batch_size": 2 * micro * groups,
+        "training.dtype": "float32",
+        "training.mixed_precision_param": "bfloat16",
+        "training.mixed_precision_reduce": "float32",
+        **{key.replace("__", "."): value for key, value in more.items()},
+    }
+    return [f"--{key}={value}" for key, value in settings.items()]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """With the encoders' files, which ranks would otherwise write at once."""
+    path = tmp_path_factory.mktemp("traffic")
+    write_assets(path)
+    return path
+
+
+def one_step(folder: Path, settings: list[str]) -> tuple[dict[str, int], dict[str, int]]:
+    """Bytes by kind that this rank sends in a step, and those that are foreseen."""
+    config = tiny_config(folder, *settings)
+    trainer = TinyTrainer(config)
+    p = plan(config, dist.get_world_size())
+    size, latents = config.training.local_batch_size, trainer.latent_shape
+    micro_batches = [
+        MicroBatch(
+            x_t=torch.randn(size, *latents),
+            t=torch.rand(size),
+            txt=torch.randn(size, config.encoder.max_t5_encoding_len, MODEL.context_in_dim),
+            vec=torch.randn(size, MODEL.vec_in_dim),
+            target=torch.randn(size, *latents),
+            weight=None,
+        )
+        for _ in range(p.micro_batches)
+    ]
+    trainer.forward_backward(micro_batches)  # a pipeline's neighbours exchange shapes in the first step
+    with Sent() as sent:
+        trainer.forward_backward(micro_batches)
+    counted = Counter(dict.fromkeys(KINDS, 0))
+    for (kind, group), size in sent.bytes.items():
+        if kind == "send":
+            kind = "pipeline" if trainer.mesh.pp and group == trainer.mesh.pp.group_name else "ring"
+        counted[kind] += size
+    stages = parts(p, trainer.mesh.coordinates["pp"], trainer.mesh)
+    return dict(counted), traffic(p, stages, config.activation_checkpoint)
+
+
+CP_METHODS = ("ulysses", "ring", "allgather")
+FULL = {"activation_checkpoint__mode": "full"}
+SELECTIVE = {"activation_checkpoint__mode": "selective"}
+EVERY_SECOND = {**SELECTIVE, "activation_checkpoint__selective_ac_option": "2"}
+NEVER = {"parallelism__fsdp_reshard_after_forward": "never"}
+ALWAYS = {"parallelism__fsdp_reshard_after_forward": "always"}
+INTERLEAVED = {"parallelism__pipeline_parallel_schedule": "Interleaved1F1B"}
+
+
+def by(method: str) -> dict[str, str]:
+    return {"parallelism__context_parallel_method": method}
+
+
+# Mesh, local batches in a step, other settings.
+ROWS: list[tuple[dict[str, int], int, dict[str, str]]] = [
+    ({}, 2, {}),
+    ({"shard": 2}, 1, {}),
+    ({"shard": 3}, 2, FULL),  # rows that do not divide
+    ({"shard": 2}, 3, NEVER),
+    ({"replicate": 2}, 2, {}),
+    ({"replicate": 2, "shard": 2}, 1, {}),
+    ({"replicate": 2, "shard": 2}, 3, SELECTIVE),
+    *(({"cp": cp}, 1, by(method)) for cp in (2, 4) for method in CP_METHODS),
+    *(({"cp": 2}, 2, by(method) | mode) for method in CP_METHODS for mode in (FULL, SELECTIVE, EVERY_SECOND)),
+    ({"tp": 2}, 1, {}),
+    ({"tp": 4}, 2, {}),
+    *(({"tp": 2}, 2, mode) for mode in (FULL, SELECTIVE, EVERY_SECOND)),
+    ({"shard": 2, "cp": 2}, 2, {}),
+    ({"shard": 2, "tp": 2}, 2, {}),
+    *(({"cp": 2, "tp": 2}, 1, by(method)) for method in CP_METHODS),
+    ({"replicate": 2, "shard": 2, "cp": 2}, 2, {}),
+    ({"replicate": 2, "shard": 2, "cp": 2, "tp": 2}, 2, SELECTIVE),
+]
+PIPELINES: list[tuple[dict[str, int], int, dict[str, str]]] = [
+    ({"pp": 2}, 2, {}),
+    ({"pp": 2}, 4, INTERLEAVED),
+    ({"pp": 2, "shard": 2}, 2, {}),
+    ({"pp": 2, "shard": 2}, 3, ALWAYS),
+    ({"pp": 2, "cp": 2}, 2, by("ring") | FULL),
+]
+
+
+def name(row: tuple[dict[str, int], int, dict[str, str]]) -> str:
+    mesh, micro, more = row
+    return "-".join([*(f"{key}{degree}" for key, degree in mesh.items()), f"x{micro}", *more.values()])
+
+
+@pytest.mark.parametrize("row", ROWS, ids=name)
+def test_every_byte_is_foreseen(row, folder, monkeypatch):
+    monkeypatch.setitem(registry.FLAVORS, "flux-tiny", MODEL)
+    mesh, micro, more = row
+    with fake_world(prod(mesh.values())):
+        counted, foreseen = one_step(folder, flags(mesh, micro, **more))
+    assert counted == foreseen
+    assert any(counted.values()) == bool(mesh)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("row", PIPELINES, ids=name)
+def test_every_byte_of_a_pipeline_is_foreseen(row, folder):
+    mesh, micro, more = row
+    for counted, foreseen in run_ranks(prod(mesh.values()), one_step, folder, flags(mesh, micro, **more)):
+        assert counted == foreseen
+        assert counted["pipeline"]
