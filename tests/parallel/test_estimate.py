@@ -1,16 +1,14 @@
 """The estimate against what real ranks hold, closed arithmetic, and memory measured in a real step."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from math import ceil
 
 import pytest
 import torch
 import torch.distributed as dist
+from helpers.fake_world import fake_world
 from helpers.ranks import run_ranks
 from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
 from torch.distributed._tools.mem_tracker import MemTracker
-from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from flux_trainer.config.load import load_config
 from flux_trainer.config.schema import ActivationCheckpoint, JobConfig, Parallelism
@@ -187,18 +185,6 @@ def test_the_peak_is_near_a_measured_one(mode, compute):
     assert estimate.training - estimate.stored == pytest.approx(measured - estimate.stored, rel=0.1)
 
 
-@contextmanager
-def first_rank_of(ranks: int) -> Iterator[None]:
-    """A process group in which the others are imagined: what is received is whatever was in the buffer."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
-
-
 def measured(config: JobConfig, p: Plan, mode: str) -> int:
     """Peak of forward and backward beside inputs and optimizer state (which the tracker would get wrong)."""
     batch, (image, text), side = p.batch, p.tokens, config.training.img_size
@@ -270,7 +256,7 @@ def test_the_peak_on_a_mesh_is_near_a_measured_one(mesh, mode):
     p = plan(config, ranks)
     with sharing(p) as group:
         estimate = memory(p, parts(p, 0, group), 0, costs(p, group, MODES[mode]))
-    with first_rank_of(ranks):
+    with fake_world(ranks):
         found = measured(config, p, mode) + estimate.optimizer
     assert estimate.training == pytest.approx(found, rel=0.02)
     assert estimate.training - estimate.stored == pytest.approx(found - estimate.stored, rel=0.05)
