@@ -15,19 +15,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from flux_trainer.config.schema import JobConfig, Validation
+from flux_trainer.config.pictures import Request, read_prompts
+from flux_trainer.config.schema import JobConfig
 from flux_trainer.data.loader import TrainLoader, ValidationLoader
 from flux_trainer.data.sampler import open_mixture
 from flux_trainer.data.samples import Batch, TrainSamples, ValidationSamples
 from flux_trainer.encoders.bundle import Encoded, Encoders
 from flux_trainer.flow import rng
-from flux_trainer.flow.latents import image_ids, pack, text_ids, unpack
+from flux_trainer.flow.latents import pack
 from flux_trainer.flow.loss import flow_loss
 from flux_trainer.flow.path import interpolate, velocity
 from flux_trainer.flow.rng import Purpose
-from flux_trainer.flow.timesteps import loss_weight, sample_timesteps, schedule
+from flux_trainer.flow.timesteps import loss_weight, sample_timesteps
 from flux_trainer.metrics.console import validation_line
 from flux_trainer.metrics.pictures import grid
 from flux_trainer.models import registry
@@ -36,12 +37,13 @@ from flux_trainer.models.init import Distribution
 from flux_trainer.models.model import FluxModel
 from flux_trainer.parallel.arithmetic import tokens
 from flux_trainer.parallel.compile import compile_loss
-from flux_trainer.parallel.fsdp import shard
-from flux_trainer.parallel.mesh import DATA, SHARED
+from flux_trainer.parallel.mesh import DATA, SHARED, data_group
 from flux_trainer.runtime.dist import all_gather_rows
 from flux_trainer.runtime.log import logger
+from flux_trainer.sample import draw, encode_prompts, share_out
 from flux_trainer.trainer import Trainer
-from flux_trainer.validate import draw_pictures, validation_loss
+from flux_trainer.validate import validation_loss
+from flux_trainer.velocity import Velocity, check_features, shared_encoder
 
 
 @dataclass(frozen=True)
@@ -74,9 +76,11 @@ class FluxTrainer(Trainer):
         super().__init__(config)
         self.wide = torch.promote_types(self.compute_dtype, torch.float32)  # of noise, latents and targets
         self.flow_loss = compile_loss(flow_loss, config.compile)
-        self.encoders = Encoders(config.encoder, self.device, config.debug.seed, self.shard_encoder)
-        self.check_dimensions()
-        self.prompts = read_prompts(config.validation)
+        self.encoders = Encoders(config.encoder, self.device, config.debug.seed, shared_encoder(self.mesh))
+        check_features(config, self.encoders.text, self.model_config)
+        self.velocity = Velocity(self.parallel, self.model_config, self.device)
+        self.group = data_group(self.mesh, self.world)
+        self.prompts = self.read_prompts()
         self.held_out = self.build_validation_loader()
 
     def build_model(self) -> tuple[FluxModel, Mapping[str, Distribution]]:
@@ -105,23 +109,6 @@ class FluxTrainer(Trainer):
             shared_size=self.mesh.size(*SHARED),
             pin_memory=self.device.type == "cuda",
         )
-
-    def shard_encoder(self, encoder: nn.Module, blocks: list[nn.Module]) -> None:
-        """T5-XXL is as large as a third of FLUX: share it among the ranks that share one copy of FLUX."""
-        if self.mesh.model.size() > 1:
-            shard(encoder, blocks, self.mesh.model)
-
-    def check_dimensions(self) -> None:
-        """Raises ValueError if the encoders' features do not fit the transformer."""
-        for key, got, want in (
-            ("t5_encoder", self.encoders.text.txt_dim, self.model_config.context_in_dim),
-            ("clip_encoder", self.encoders.text.vec_dim, self.model_config.vec_in_dim),
-        ):
-            if got != want:
-                raise ValueError(
-                    f"encoder.{key} = {getattr(self.config.encoder, key)!r} gives {got} features, but "
-                    f"{self.config.model.flavor} takes {want}: choose the encoder that belongs to the flavor"
-                )
 
     def flops_per_sample(self) -> int:
         return train_flops_per_sample(
@@ -193,31 +180,11 @@ class FluxTrainer(Trainer):
 
     def inputs(self, micro_batch: MicroBatch) -> dict[str, Tensor | None]:
         b = micro_batch
-        return self.arguments(b.x_t, b.t, b.txt, b.vec)
+        return self.velocity.arguments(b.x_t, b.t, b.txt, b.vec, self.guidance(b.t))
 
-    def arguments(self, x_t: Tensor, t: Tensor, txt: Tensor, vec: Tensor) -> dict[str, Tensor | None]:
-        """The model's arguments; under context parallelism with this rank's part of the tokens.
-
-        Arguments as in `MicroBatch`.
-        """
-        size, _, height, width = x_t.shape
-        img, img_ids = pack(x_t), image_ids(size, height, width, self.device)  # [B, L, 64], [B, L, 3]
-        txt_ids = text_ids(size, txt.shape[1], self.device)
-        if context := self.parallel.context:
-            context.begin(txt.shape[1], img.shape[1])
-            img, img_ids, txt, txt_ids = context.split(img, img_ids, txt, txt_ids)
-        guidance = None
-        if self.model_config.guidance_embed:
-            guidance = torch.full_like(t, self.config.flow.guidance)
-        return {
-            "img": img,
-            "img_ids": img_ids,
-            "txt": txt,
-            "txt_ids": txt_ids,
-            "timesteps": t,
-            "y": vec,
-            "guidance": guidance,
-        }
+    def guidance(self, t: Tensor) -> Tensor:
+        """Distilled guidance [B] for B samples at t."""
+        return torch.full_like(t, self.config.flow.guidance)
 
     def loss(self, output: Tensor, micro_batch: MicroBatch) -> Tensor:
         target = pack(micro_batch.target)  # [B, L, 64]
@@ -226,28 +193,22 @@ class FluxTrainer(Trainer):
             (target,) = self.parallel.context.split(target)
         return self.flow_loss(output, target, micro_batch.weight, self.global_batch_size, elements)
 
-    @torch.no_grad()
     def predict(self, x_t: Tensor, t: Tensor, txt: Tensor, vec: Tensor) -> Tensor:
-        """The model's whole velocity [B, 16, H/8, W/8], on every rank that shares the samples.
-
-        In the model's compute dtype, without gradients; arguments as in `MicroBatch`.
-        """
-        height, width = x_t.shape[2:]
-        arguments = self.arguments(x_t, t, txt, vec)
-        if self.parallel.pipeline:
-            tokens = self.parallel.pipeline.predict(arguments)
-        else:
-            (model,) = self.parallel.parts
-            tokens = model(**arguments)
-        if self.parallel.context:
-            tokens = self.parallel.context.gather(tokens, (height // 2) * (width // 2))
-        return unpack(tokens, height, width)
+        """The model's velocity [B, 16, H/8, W/8], without gradients; arguments as in `MicroBatch`."""
+        return self.velocity(x_t, t, txt, vec, self.guidance(t))
 
     def identity(self) -> dict[str, Any]:
         contents = [source.fingerprint for source in self.mixture.sources]
         return {**super().identity(), "data.contents": contents}
 
     # Validation.
+
+    def read_prompts(self) -> list[str]:
+        """The prompts to draw, from the list or from the file; none when validation is off."""
+        section = self.config.validation
+        if not section.enable:
+            return []
+        return read_prompts(section.prompts_path) if section.prompts_path else section.prompts
 
     def build_validation_loader(self) -> ValidationLoader | None:
         config = self.config
@@ -311,48 +272,44 @@ class FluxTrainer(Trainer):
             batch_size=section.local_batch_size,
             timesteps=section.timesteps,
             seed=self.config.debug.seed,
-            world=self.world,
-            counts=self.mesh.rank(*SHARED) == 0,
+            group=self.group,
             dtype=self.wide,
             bad_samples=self.bad_samples,
         )
 
     def draw(self, prompts: Sequence[str]) -> Tensor:
         """Pictures uint8 [len(prompts), 3, H, W], with the validation's settings; the same on every rank."""
-        section = self.config.validation
+        section, side = self.config.validation, self.config.training.img_size
         guided = section.enable_classifier_free_guidance
-        return draw_pictures(
-            prompts,
-            self.encoders,
-            self.predict,
-            shape=self.latent_shape,
-            times=schedule(
-                section.denoising_steps,
-                self.image_tokens,
-                shift=self.config.model.flavor != "flux-schnell",
-            ),
-            cfg_scale=section.classifier_free_guidance_scale if guided else None,
-            batch_size=section.local_batch_size,
-            seed=self.config.debug.seed,
-            world=self.world,
-            group=self.mesh.rank(*DATA),
-            groups=self.mesh.size(*DATA),
-            counts=self.mesh.rank(*SHARED) == 0,
+        requests = [
+            Request(
+                prompt,
+                width=side,
+                height=side,
+                steps=section.denoising_steps,
+                guidance=self.config.flow.guidance,
+                cfg_scale=section.classifier_free_guidance_scale if guided else 1.0,
+                seed=self.config.debug.seed,
+                draw=number,
+            )
+            for number, prompt in enumerate(prompts)
+        ]
+        batches = share_out(requests, self.group.count, section.local_batch_size)
+        text = encode_prompts(requests, batches, self.encoders.text, self.group, section.local_batch_size)
+        pictures = draw(
+            requests,
+            batches,
+            text,
+            self.velocity,
+            self.encoders.decode,
+            shift=self.config.model.flavor != "flux-schnell",
+            group=self.group,
             dtype=self.wide,
         )
+        return torch.stack([picture for _, picture in sorted(pictures, key=lambda pair: pair[0])])
 
     def outputs(self) -> dict[str, Path]:
         outputs = super().outputs()
         if self.prompts:
             outputs = {"pictures": self.dump_folder / self.config.validation.save_img_folder, **outputs}
         return outputs
-
-
-def read_prompts(section: Validation) -> list[str]:
-    """The prompts to draw, from the list or from the file; none when validation is off."""
-    if not section.enable:
-        return []
-    if section.prompts_path:
-        lines = Path(section.prompts_path).read_text(encoding="utf-8").splitlines()
-        return [line.strip() for line in lines if line.strip()]
-    return section.prompts

@@ -154,7 +154,7 @@ RENAMED: dict[str, Renamed] = {
     ),
     "validation.save_img_count": _ignored("one picture is drawn for each of validation.prompts"),
     "validation.all_timesteps": _ignored("every sample meets validation.timesteps values of t"),
-    "inference": _ignored("these keys served torchtitan's own inference script"),
+    "inference.img_size": _ignored("nothing read it in v0.2; use inference.sizes"),
     "quantize": _ignored("without model.converters they had no effect"),
     "memory_estimation.enabled": _only(False, "this version does not have it"),
     "memory_estimation": _ignored("without memory_estimation.enabled they had no effect"),

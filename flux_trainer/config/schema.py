@@ -256,6 +256,37 @@ class Validation(Section):
     """Below job.dump_folder."""
 
 
+class Inference(Section):
+    prompts: list[str] = []
+    """What `flux-trainer generate` draws."""
+    prompts_path: str = ""
+    """A text file with one prompt per line, in place of the list; -: standard input."""
+    negative_prompt: str = ""
+    """What classifier-free guidance leads away from."""
+    sizes: list[str] = []
+    """WIDTHxHEIGHT in pixels, multiples of 16, or one number for a square; every prompt is drawn in each.
+    Empty: the run's training.img_size, and 1024 for weights that belong to no run."""
+    images_per_prompt: PositiveInt = 1
+    """Pictures of every prompt in every size; the k-th, from 0 on, has seed + k."""
+    seed: NonNegativeInt = 0
+    denoising_steps: PositiveInt | None = None
+    """Euler steps. Unset, like the next two: as the run's validation draws, or as suits the flavor."""
+    guidance: NonNegativeFloat | None = None
+    """Distilled guidance, for models with an embedding of it."""
+    cfg_scale: NonNegativeFloat | None = None
+    """Classifier-free guidance against negative_prompt, at twice the time; 1: without."""
+    local_batch_size: PositiveInt = 4
+    """Pictures that are drawn at the same time on one rank."""
+    ema: bool = False
+    """Draw with the moving average of the weights."""
+    contact_sheet: bool = True
+    """Also put all pictures on one sheet."""
+    overwrite: bool = False
+    """Replace pictures of the same names."""
+    save_img_folder: str = "inference_results"
+    """Below job.dump_folder, unless it is an absolute path."""
+
+
 class Metrics(Section):
     log_freq: PositiveInt = 10
     """Steps between log lines."""
@@ -313,6 +344,7 @@ class JobConfig(Section):
     compile: Compile = Field(default_factory=Compile)
     checkpoint: Checkpoint = Field(default_factory=Checkpoint)
     validation: Validation = Field(default_factory=Validation)
+    inference: Inference = Field(default_factory=Inference)
     metrics: Metrics = Field(default_factory=Metrics)
     profiling: Profiling = Field(default_factory=Profiling)
     comm: Comm = Field(default_factory=Comm)

@@ -15,6 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from flux_trainer.config.schema import Parallelism
 from flux_trainer.parallel.arithmetic import degrees
+from flux_trainer.runtime.dist import World
 
 DIMENSIONS = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
 DATA = ("dp_replicate", "dp_shard")  # ranks apart along these work on different samples
@@ -49,6 +50,24 @@ class Mesh:
     def size(self, *dimensions: str) -> int:
         """Number of ranks in a group along `dimensions`."""
         return prod(self.sizes[name] for name in dimensions)
+
+
+@dataclass(frozen=True)
+class DataGroup:
+    """The ranks that work on the same samples, as one of the groups that share samples out."""
+
+    number: int
+    """Which of the groups it is."""
+    count: int
+    """Number of groups."""
+    leads: bool
+    """Whether this rank speaks for its group, where every rank has the same result."""
+    world: World
+
+
+def data_group(mesh: Mesh, world: World) -> DataGroup:
+    """This rank's group."""
+    return DataGroup(mesh.rank(*DATA), mesh.size(*DATA), mesh.rank(*SHARED) == 0, world)
 
 
 def build_mesh(section: Parallelism, world_size: int, device_type: str) -> Mesh:

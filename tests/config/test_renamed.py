@@ -61,7 +61,9 @@ def test_without_those_keys_they_load_with_their_values(name, tmp_path):
         "validation.all_timesteps is ignored",
     }
     if "debug" in name:
-        expected |= {"model.hf_assets_path is ignored", "inference is ignored"}
+        expected.add("model.hf_assets_path is ignored")
+        assert config.inference.save_img_folder == "inference_results"
+        assert config.inference.prompts_path.endswith("prompts.txt")  # not there, and not needed to train
     assert set(said) == expected
     assert len(said) == len(expected)
 
@@ -137,6 +139,8 @@ def test_a_key_of_another_meaning_is_refused_with_the_way_to_say_it(flags, hint)
 
 def test_an_ignored_section_is_mentioned_once(tmp_path):
     path = tmp_path / "a.toml"
-    path.write_text("[inference]\nlocal_batch_size = 2\nimg_size = 256\n[quantize]\n")
-    _, notices, _ = load(["--job.config_file", str(path)])
-    assert [notice.removeprefix(f"{path}: ").split(" ")[0] for notice in notices] == ["inference", "quantize"]
+    path.write_text("[inference]\nlocal_batch_size = 2\nimg_size = 256\n[quantize]\na = 1\nb = 2\n")
+    config, notices, _ = load(["--job.config_file", str(path)])
+    names = [notice.removeprefix(f"{path}: ").split(" ")[0] for notice in notices]
+    assert names == ["inference.img_size", "quantize"]
+    assert config.inference.local_batch_size == 2

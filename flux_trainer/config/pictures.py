@@ -1,0 +1,141 @@
+"""Which pictures are asked for, and what their files are called and say of them. No torch.
+
+A picture is a function of its request and the weights; the request is written into the file.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from flux_trainer import __version__
+from flux_trainer.config.schema import Inference
+
+SEED_LIMIT = 2**56
+"""What the random numbers' key has room for."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """One picture."""
+
+    prompt: str
+    width: int
+    """In pixels; a multiple of 16, as is the height."""
+    height: int
+    steps: int
+    guidance: float | None
+    """Distilled guidance, for models with an embedding of it."""
+    cfg_scale: float
+    """Of classifier-free guidance; 1: without."""
+    seed: int
+    draw: int = 0
+    """Tells pictures of the same seed apart."""
+    negative_prompt: str = ""
+
+    @property
+    def guided(self) -> bool:
+        """Whether classifier-free guidance takes part: the model then sees twice as many samples."""
+        return self.cfg_scale != 1
+
+
+def read_prompts(path: str) -> list[str]:
+    """The lines of a UTF-8 text file (-: of standard input) that are not blank.
+
+    Raises:
+        ValueError: the file is not UTF-8 text.
+    """
+    try:
+        text = sys.stdin.read() if path == "-" else Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text: {error}") from error
+    return [line.strip() for line in text.splitlines() if line.strip()]
+
+
+def parse_size(text: str) -> tuple[int, int] | None:
+    """(width, height) of "1024x768", or of "512" for a square; None where it is no such size."""
+    match = re.fullmatch(r"(\d+)(?:x(\d+))?", text.strip().lower())
+    if match is None:
+        return None
+    width, height = int(match[1]), int(match[2] or match[1])
+    good = all(side >= 16 and side % 16 == 0 for side in (width, height))
+    return (width, height) if good else None
+
+
+def requests(
+    section: Inference, prompts: Sequence[str], *, steps: int, guidance: float | None, cfg_scale: float
+) -> list[Request]:
+    """Every prompt in every size, `images_per_prompt` times: the k-th with the seed `section.seed` + k.
+
+    Args:
+        section: checked; `sizes` is not empty.
+        steps, guidance, cfg_scale: for what the section leaves to the model.
+    """
+    sizes = [size for text in section.sizes if (size := parse_size(text))]
+    return [
+        Request(
+            prompt,
+            width=width,
+            height=height,
+            steps=section.denoising_steps or steps,
+            guidance=guidance if section.guidance is None else section.guidance,
+            cfg_scale=cfg_scale if section.cfg_scale is None else section.cfg_scale,
+            seed=section.seed + k,
+            negative_prompt=section.negative_prompt,
+        )
+        for prompt in prompts
+        for width, height in sizes
+        for k in range(section.images_per_prompt)
+    ]
+
+
+def file_names(requests: Sequence[Request]) -> list[str]:
+    """A name for each picture, in order: 002_a-red-apple_1024x768_seed7.png; 002 counts the prompts."""
+    numbers = {prompt: n for n, prompt in enumerate(dict.fromkeys(r.prompt for r in requests), 1)}
+    digits = max(3, len(str(len(numbers))))
+    return [
+        f"{numbers[r.prompt]:0{digits}}_{_slug(r.prompt)}_{r.width}x{r.height}_seed{r.seed}.png"
+        for r in requests
+    ]
+
+
+def _slug(prompt: str, length: int = 40) -> str:
+    """The words of a prompt that fit, in lower case, joined by dashes."""
+    return "-".join(re.findall(r"\w+", prompt.lower()))[:length].strip("-_") or "empty"
+
+
+def metadata(request: Request, weights: str, ema: bool) -> dict[str, str]:
+    """Text chunks of a picture's file: everything as JSON, and the line that other tools read."""
+    r = request
+    everything = {
+        "prompt": r.prompt,
+        "negative_prompt": r.negative_prompt if r.guided else None,
+        "seed": r.seed,
+        "width": r.width,
+        "height": r.height,
+        "steps": r.steps,
+        "guidance": r.guidance,
+        "cfg_scale": r.cfg_scale,
+        "weights": weights,
+        "ema": ema,
+        "version": __version__,
+    }
+    settings = {
+        "Steps": r.steps,
+        "Sampler": "Euler",
+        "CFG scale": r.cfg_scale,
+        "Distilled CFG Scale": r.guidance,
+        "Seed": r.seed,
+        "Size": f"{r.width}x{r.height}",
+        "Model": Path(weights).stem,
+        "Version": f"flux_trainer {__version__}",
+    }
+    lines = [r.prompt]
+    if r.guided and r.negative_prompt:
+        lines.append(f"Negative prompt: {r.negative_prompt}")
+    lines.append(", ".join(f"{key}: {value}" for key, value in settings.items() if value is not None))
+    return {"parameters": "\n".join(lines), "flux_trainer": json.dumps(everything, ensure_ascii=False)}

@@ -1,0 +1,171 @@
+"""Pictures of prompts: Euler steps from noise to data, shared out over the data-parallel groups of a mesh.
+
+Noise is a function of a picture's own seed and size, so a picture depends neither on the batch it is drawn in
+nor on the number of ranks. Pictures of different sizes never share a batch; groups may draw different sizes
+at the same time, for all that groups have to agree on is the number of calls of the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from flux_trainer.config.pictures import Request
+from flux_trainer.encoders.text import TextEncoders, TextFeatures
+from flux_trainer.flow import rng
+from flux_trainer.flow.euler import euler
+from flux_trainer.flow.rng import Purpose
+from flux_trainer.flow.timesteps import schedule
+from flux_trainer.parallel.mesh import DataGroup
+from flux_trainer.runtime.dist import all_gather
+
+Predict = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor | None], Tensor]
+"""(x_t [B, C, H, W], t [B], txt [B, L, D], vec [B, D'], guidance [B] or None) -> velocity [B, C, H, W]."""
+
+Round = list[list[int]]
+"""Numbers of the requests that each group draws at the same time; groups beyond its end are without any."""
+
+LATENT_CHANNELS = 16
+
+
+def share_out(requests: Sequence[Request], groups: int, batch_size: int) -> list[Round]:
+    """Batches of at most `batch_size` requests of one kind, in rounds of one batch per group.
+
+    A kind is split evenly, and over all groups rather than into full batches for a few of them. Batches of
+    one round take the same number of steps.
+    """
+    kinds: dict[tuple[int, bool, int, int, bool], list[int]] = {}
+    for number, r in enumerate(requests):
+        kind = (r.steps, r.guided, r.height, r.width, r.guidance is None)
+        kinds.setdefault(kind, []).append(number)
+    batches: dict[int, list[list[int]]] = {}  # by steps
+    for (steps, *_), numbers in kinds.items():
+        full = -(-len(numbers) // batch_size)
+        count = min(len(numbers), -(-full // groups) * groups)
+        cuts = [len(numbers) * i // count for i in range(count + 1)]
+        batches.setdefault(steps, []).extend(numbers[a:b] for a, b in pairwise(cuts))
+    return [each[i : i + groups] for each in batches.values() for i in range(0, len(each), groups)]
+
+
+def prompts_of(requests: Iterable[Request]) -> list[str]:
+    """Every text that the requests' pictures need, once."""
+    texts = ((r.prompt, r.negative_prompt) if r.guided else (r.prompt,) for r in requests)
+    return list(dict.fromkeys(text for pair in texts for text in pair))
+
+
+def encode_prompts(
+    requests: Sequence[Request],
+    rounds: Sequence[Round],
+    encoders: TextEncoders,
+    group: DataGroup,
+    batch_size: int,
+) -> dict[str, TextFeatures]:
+    """Features (txt [L, C], vec [D]) of each text that this rank's group needs, in host memory.
+
+    All ranks make the same number of calls of the encoders, as a sharded T5 requires.
+    """
+    needed = [
+        prompts_of(requests[i] for batches in rounds for i in _batch(batches, number))
+        for number in range(group.count)
+    ]
+    mine = needed[group.number]
+    features: dict[str, TextFeatures] = {}
+    for start in range(0, max(map(len, needed)), batch_size):
+        texts = mine[start : start + batch_size] or [""]
+        encoded = encoders.encode(encoders.tokenize(texts))
+        txt, vec = encoded.txt.cpu(), encoded.vec.cpu()
+        features |= {text: TextFeatures(txt[i], vec[i]) for i, text in enumerate(texts)}
+    return features
+
+
+@torch.no_grad()
+def draw(
+    requests: Sequence[Request],
+    rounds: Sequence[Round],
+    features: Mapping[str, TextFeatures],
+    predict: Predict,
+    decode: Callable[[Tensor], Tensor],
+    *,
+    shift: bool,
+    group: DataGroup,
+    dtype: torch.dtype,
+) -> Iterator[tuple[int, Tensor]]:
+    """(number of the request, its picture uint8 [3, H, W] in host memory), round by round, on every rank.
+
+    Every group makes the same number of calls of `predict`; one without a batch works along for nothing.
+
+    Args:
+        rounds: from `share_out`.
+        features: from `encode_prompts`.
+        decode: latents [1, 16, H/8, W/8] -> uint8 [1, 3, H, W].
+        shift: whether times are shifted by the number of image tokens; FLUX.1-schnell's are not.
+        dtype: of noise and latents, float32 or wider.
+    """
+    for batches in rounds:
+        numbers = _batch(batches, group.number)
+        latents = denoise([requests[i] for i in numbers], features, predict, shift, group.world.device, dtype)
+        drawn = None
+        if group.leads and group.number < len(batches):
+            drawn = [(i, decode(x[None])[0].cpu()) for i, x in zip(numbers, latents, strict=True)]
+        for theirs in all_gather(drawn, group.world.control):
+            yield from theirs or ()
+
+
+def _batch(batches: Round, group: int) -> list[int]:
+    """What a group computes in a round; one without a batch of its own repeats the last."""
+    return batches[min(group, len(batches) - 1)]
+
+
+def denoise(
+    batch: Sequence[Request],
+    features: Mapping[str, TextFeatures],
+    predict: Predict,
+    shift: bool,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Latents [B, 16, H/8, W/8] of requests of one kind."""
+    height, width = batch[0].height // 8, batch[0].width // 8
+    noise = [
+        rng.normal(r.seed, Purpose.PICTURE, torch.tensor([r.draw], device=device), shape, dtype)
+        for r in batch
+        for shape in [(LATENT_CHANNELS, height, width)]
+    ]
+    times = schedule(batch[0].steps, (height // 2) * (width // 2), shift)
+    return euler(guided(batch, features, predict, device, dtype), torch.cat(noise), times)
+
+
+def guided(
+    batch: Sequence[Request],
+    features: Mapping[str, TextFeatures],
+    predict: Predict,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> Callable[[Tensor, Tensor], Tensor]:
+    """The velocity that a batch of one kind follows: (x [B, ...], t [B]) -> [B, ...].
+
+    Classifier-free guidance (Ho & Salimans 2022): u + cfg_scale (c - u), with c for the prompt and u for the
+    negative one, both in one call of the model.
+    """
+    texts = [r.prompt for r in batch]
+    repeats = 1
+    if batch[0].guided:
+        texts, repeats = [r.negative_prompt for r in batch] + texts, 2
+    txt = torch.stack([features[text].txt for text in texts]).to(device)  # [B or 2B, L, C]
+    vec = torch.stack([features[text].vec for text in texts]).to(device)  # [B or 2B, D]
+    guidance = None
+    if batch[0].guidance is not None:
+        guidance = torch.tensor([r.guidance for r in batch] * repeats, dtype=dtype, device=device)
+    scale = torch.tensor([r.cfg_scale for r in batch], dtype=dtype, device=device).view(-1, 1, 1, 1)
+
+    def velocity(x: Tensor, t: Tensor) -> Tensor:
+        if repeats == 1:
+            return predict(x, t, txt, vec, guidance).to(x.dtype)
+        both = predict(torch.cat([x, x]), torch.cat([t, t]), txt, vec, guidance)
+        u, c = both.to(x.dtype).chunk(2)
+        return u + scale * (c - u)
+
+    return velocity
