@@ -68,7 +68,7 @@ def encode_prompts(
     All ranks make the same number of calls of the encoders, as a sharded T5 requires.
     """
     needed = [
-        prompts_of(requests[i] for batches in rounds for i in _batch(batches, number))
+        prompts_of(requests[i] for batches in rounds for i in batch_of(batches, number))
         for number in range(group.count)
     ]
     mine = needed[group.number]
@@ -105,7 +105,7 @@ def draw(
         dtype: of noise and latents, float32 or wider.
     """
     for batches in rounds:
-        numbers = _batch(batches, group.number)
+        numbers = batch_of(batches, group.number)
         latents = denoise([requests[i] for i in numbers], features, predict, shift, group.world.device, dtype)
         drawn = None
         if group.leads and group.number < len(batches):
@@ -114,7 +114,7 @@ def draw(
             yield from theirs or ()
 
 
-def _batch(batches: Round, group: int) -> list[int]:
+def batch_of(batches: Round, group: int) -> list[int]:
     """What a group computes in a round; one without a batch of its own repeats the last."""
     return batches[min(group, len(batches) - 1)]
 

@@ -15,6 +15,7 @@ COMMANDS = {
         "flux_trainer.cli.estimate",
         "memory and communication of each rank, for any number of ranks",
     ),
+    "generate": ("flux_trainer.cli.generate", "draw pictures of prompts, from a run or published weights"),
 }
 """Command -> module with `main(argv) -> exit status`, and what it does."""
 

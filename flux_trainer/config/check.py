@@ -6,11 +6,13 @@ Each check yields (key, sentence); the sentence goes on after "KEY = VALUE" and 
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from flux_trainer.config import toml
-from flux_trainer.config.files import Finding, missing_files
+from flux_trainer.config.files import Finding, missing_files, missing_models, not_there
+from flux_trainer.config.pictures import SEED_LIMIT, parse_size
 from flux_trainer.config.problems import ConfigError, origin_of
 from flux_trainer.config.schema import JobConfig
 
@@ -42,6 +44,18 @@ def check(
     if findings:
         raise ConfigError([_line(config, finding, origins or {}) for finding in findings])
     return [_line(config, finding, origins or {}) for finding in _remarks(config, world_size)]
+
+
+def check_generation(
+    config: JobConfig, world_size: int | None, origins: Mapping[str, str] | None = None
+) -> None:
+    """As `check`, for drawing pictures with the settings: those of data and training do not matter."""
+    findings = [*_parallelism(config, world_size), *_inference(config), *missing_models(config)]
+    path = config.inference.prompts_path
+    if not config.inference.prompts and path not in ("", "-") and not os.path.isfile(path):
+        findings.append(("inference.prompts_path", not_there(path, "file")))
+    if findings:
+        raise ConfigError([_line(config, finding, origins or {}) for finding in findings])
 
 
 def inconsistencies(config: JobConfig, world_size: int | None) -> Iterator[Finding]:
@@ -204,6 +218,21 @@ def _validation(config: JobConfig) -> Iterator[Finding]:
         )
 
 
+def _inference(config: JobConfig) -> Iterator[Finding]:
+    section = config.inference
+    if section.prompts and section.prompts_path:
+        yield "inference.prompts_path", "and inference.prompts are both given; give one of the two"
+    for i, size in enumerate(section.sizes):
+        if parse_size(size) is None:
+            yield (
+                f"inference.sizes.{i}",
+                'is no size of a picture; expected WIDTHxHEIGHT such as "1024x768", or one number for a '
+                "square, in multiples of 16 pixels",
+            )
+    if section.seed + section.images_per_prompt > SEED_LIMIT:
+        yield "inference.seed", f"is too large; the seeds of all pictures lie below 2^56 = {SEED_LIMIT}"
+
+
 def _recompute_and_compile(config: JobConfig) -> Iterator[Finding]:
     option = config.activation_checkpoint.selective_ac_option
     if option != "op" and not (option.isdecimal() and int(option) >= 1):
@@ -235,6 +264,7 @@ _CHECKS: tuple[Callable[[JobConfig], Iterator[Finding]], ...] = (
     _optimizer,
     _sources,
     _validation,
+    _inference,
     _recompute_and_compile,
     _checkpoint,
     _profiling,

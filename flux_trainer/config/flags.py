@@ -65,6 +65,26 @@ def parse(argv: Sequence[str]) -> CommandLine:
     return line
 
 
+def split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The words of settings, and those that are none: neither a flag nor its value, or behind `--`."""
+    settings: list[str] = []
+    others: list[str] = []
+    words = list(argv)
+    while words:
+        word = words.pop(0)
+        if word == "--":
+            return settings, others + words
+        if not word.startswith("--"):
+            others.append(word)
+            continue
+        settings.append(word)
+        name, has_value, _ = word[2:].partition("=")
+        path = tuple(name.replace("-", "_").split("."))
+        if not has_value and words and not words[0].startswith("--") and _takes(path, words[0]):
+            settings.append(words.pop(0))
+    return settings, others
+
+
 def _annotation(path: Path) -> Any:
     """The type of the field at `path`; `Any` for keys that are unknown or were torchtitan's."""
     known = field_at(path)

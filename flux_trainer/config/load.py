@@ -37,8 +37,11 @@ def load_config(argv: Sequence[str]) -> JobConfig:
     return load(argv).config
 
 
-def load(argv: Sequence[str]) -> Loaded:
+def load(argv: Sequence[str], base: Sequence[Assignment] = ()) -> Loaded:
     """Read the files and flags in `argv` (no program name); `--help [section]` prints and exits with 0.
+
+    Args:
+        base: settings that come before those files and flags: a later one counts.
 
     Raises:
         ConfigError: with one line for each mistake, naming file, key, what is wrong and what would be right.
@@ -50,7 +53,7 @@ def load(argv: Sequence[str]) -> Loaded:
         print(help_text(line.help), end="")
         raise SystemExit(0)
     problems = list(line.problems)
-    assignments: list[Assignment] = []
+    assignments: list[Assignment] = list(base)
     unread = False
     for file in line.files:
         try:

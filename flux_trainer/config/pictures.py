@@ -43,6 +43,16 @@ class Request:
         return self.cfg_scale != 1
 
 
+@dataclass(frozen=True)
+class Order:
+    """What is to be drawn, from which weights, and where it goes."""
+
+    weights: Path
+    requests: list[Request]
+    paths: list[Path]
+    """A file for each of the requests."""
+
+
 def read_prompts(path: str) -> list[str]:
     """The lines of a UTF-8 text file (-: of standard input) that are not blank.
 

@@ -41,34 +41,17 @@ class Encoded:
         return cls(*(torch.cat(column) for column in columns))
 
 
-class Encoders:
-    """The autoencoder and the text encoders, frozen."""
+class Codec:
+    """The frozen autoencoder: images as bytes to latents, and back."""
 
-    def __init__(self, section: Encoder, device: torch.device, seed: int, shard: Shard | None = None) -> None:
-        """See `TextEncoders` for the arguments and the errors."""
+    def __init__(self, section: Encoder, device: torch.device) -> None:
+        """Raises FileNotFoundError or ValueError where `section.autoencoder_path` holds none."""
         self.device = device
         self.dtype: torch.dtype = getattr(torch, section.autoencoder_dtype)
         # Bytes become [-1, 1] and back in this dtype: bfloat16 would blur them.
         self._wide = torch.promote_types(self.dtype, torch.float32)
         autoencoder = load_autoencoder(section.autoencoder_path, self.dtype)
         self.autoencoder = autoencoder.to(device).eval().requires_grad_(False)
-        self.text = TextEncoders(section, device, seed, shard)
-
-    @torch.no_grad()
-    def encode(
-        self,
-        images: Tensor,
-        ids: Mapping[str, Tensor],
-        drop_t5: Tensor,
-        drop_clip: Tensor,
-        noise: Tensor | None = None,
-    ) -> Encoded:
-        """Encode images (uint8 [B, 3, H, W]) and tokenized captions, dropped where the flags [B] say so.
-
-        `noise` as in `encode_images`.
-        """
-        features = self.text.drop(self.text.encode(ids), drop_t5, drop_clip)
-        return Encoded(self.encode_images(images, noise), features.txt, features.vec)
 
     @torch.no_grad()
     def encode_images(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
@@ -87,3 +70,28 @@ class Encoders:
         """uint8 images [B, 3, H, W] of normalised latents [B, 16, H/8, W/8]; clamped to [-1, 1]."""
         image = self.autoencoder.decode(latents.to(self.device, self.dtype)).to(self._wide)
         return ((image.clamp(-1.0, 1.0) + 1.0) * 127.5).round().to(torch.uint8)
+
+
+class Encoders(Codec):
+    """The autoencoder and the text encoders, frozen."""
+
+    def __init__(self, section: Encoder, device: torch.device, seed: int, shard: Shard | None = None) -> None:
+        """See `TextEncoders` for the arguments and the errors."""
+        super().__init__(section, device)
+        self.text = TextEncoders(section, device, seed, shard)
+
+    @torch.no_grad()
+    def encode(
+        self,
+        images: Tensor,
+        ids: Mapping[str, Tensor],
+        drop_t5: Tensor,
+        drop_clip: Tensor,
+        noise: Tensor | None = None,
+    ) -> Encoded:
+        """Encode images (uint8 [B, 3, H, W]) and tokenized captions, dropped where the flags [B] say so.
+
+        `noise` as in `encode_images`.
+        """
+        features = self.text.drop(self.text.encode(ids), drop_t5, drop_clip)
+        return Encoded(self.encode_images(images, noise), features.txt, features.vec)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
+from torch.nn.functional import avg_pool2d
 
 MIN_SIDE = 160  # pixels; smaller images are enlarged to at least this width
 MARGIN = 8
@@ -13,16 +15,30 @@ FONT_SIZE = 13
 LINE_HEIGHT = 17
 
 
-def grid(images: Tensor, captions: Sequence[str], columns: int = 0) -> Image.Image:
-    """A contact sheet of N images, row by row.
+def to_image(picture: Tensor) -> Image.Image:
+    """uint8 [3, H, W] as Pillow has it."""
+    return Image.fromarray(picture.permute(1, 2, 0).contiguous().cpu().numpy())  # [H, W, 3]
+
+
+def thumbnail(picture: Tensor, side: int) -> Tensor:
+    """A uint8 picture [3, H, W] made smaller by a whole number, so that no side is longer than `side`."""
+    factor = -(-max(picture.shape[1:]) // side)
+    if factor == 1:
+        return picture
+    return avg_pool2d(picture.float(), factor).round().to(torch.uint8)
+
+
+def grid(images: Sequence[Tensor] | Tensor, captions: Sequence[str], columns: int = 0) -> Image.Image:
+    """A contact sheet of N images, row by row; where sizes differ, in cells that hold the largest.
 
     Args:
-        images: uint8 [N, 3, H, W].
-        captions: N texts, wrapped to the image's width.
+        images: N times uint8 [3, H, W].
+        captions: N texts, wrapped to a cell's width.
         columns: images per row; 0: about as many as there are rows.
     """
-    count, _, height, width = images.shape
+    count = len(images)
     assert count == len(captions) > 0, f"{count} images, {len(captions)} captions"
+    height, width = (max(image.shape[dim] for image in images) for dim in (1, 2))
     columns = min(columns or max(1, round(count**0.5)), count)
     scale = max(1, -(-MIN_SIDE // width))
     cell_width, cell_height = scale * width, scale * height
@@ -39,9 +55,9 @@ def grid(images: Tensor, captions: Sequence[str], columns: int = 0) -> Image.Ima
     for row, row_height in zip(rows, row_heights, strict=True):
         for column, i in enumerate(row):
             left = MARGIN + column * (cell_width + MARGIN)
-            pixels = images[i].permute(1, 2, 0).contiguous().cpu().numpy()  # [H, W, 3]
-            image = Image.fromarray(pixels).resize((cell_width, cell_height), Image.Resampling.LANCZOS)
-            sheet.paste(image, (left, top))
+            image = to_image(images[i])
+            image = image.resize((scale * image.width, scale * image.height), Image.Resampling.LANCZOS)
+            sheet.paste(image, (left, top + cell_height - image.height))
             for line, text in enumerate(texts[i]):
                 draw.text((left, top + cell_height + 4 + line * LINE_HEIGHT), text, fill="black", font=font)
         top += row_height + MARGIN

@@ -1,0 +1,178 @@
+"""Pictures from weights: encode the prompts, draw on a mesh, write each picture when it is done.
+
+The text encoders leave the memory before the transformer enters it: no moment holds both.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+from collections.abc import Mapping
+from dataclasses import replace
+from itertools import count
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from PIL.PngImagePlugin import PngInfo
+from torch import Tensor
+
+from flux_trainer.checkpoint.load import load_model, verify
+from flux_trainer.checkpoint.tensors import read_tensors
+from flux_trainer.config.pictures import Order, Request, metadata
+from flux_trainer.config.schema import ActivationCheckpoint, JobConfig
+from flux_trainer.encoders.bundle import Codec
+from flux_trainer.encoders.text import TextEncoders, TextFeatures
+from flux_trainer.metrics.pictures import grid, thumbnail, to_image
+from flux_trainer.metrics.progress import Progress
+from flux_trainer.models import registry
+from flux_trainer.models.flux1 import Flux1Config
+from flux_trainer.parallel.apply import Parallel, parallelize
+from flux_trainer.parallel.mesh import DataGroup, Mesh, build_mesh, data_group
+from flux_trainer.runtime.dist import init_distributed, set_deterministic
+from flux_trainer.runtime.layout import Layouts
+from flux_trainer.runtime.log import logger
+from flux_trainer.sample import Round, batch_of, draw, encode_prompts, share_out
+from flux_trainer.velocity import Velocity, check_features, shared_encoder
+
+THUMBNAIL = 384  # pixels; longest side of a picture on the contact sheet
+
+
+def draw_pictures(order: Order, config: JobConfig) -> None:
+    """Draw and write what is ordered, with all ranks of the world.
+
+    Raises:
+        ValueError, FileNotFoundError, CheckpointError: a sentence about what does not fit or is not there.
+    """
+    set_deterministic(config.debug.seed, config.debug.deterministic)
+    world = init_distributed(config.comm.init_timeout_seconds)
+    mesh = build_mesh(config.parallelism, world.size, world.device.type)
+    group = data_group(mesh, world)
+    model = registry.FLAVORS[config.model.flavor]
+    requests = [_with_guidance(r, model, config.flow.guidance) for r in order.requests]
+    rounds = share_out(requests, group.count, config.inference.local_batch_size)
+
+    features = _encode(config, model, mesh, group, requests, rounds)
+    gc.collect()  # modules are in cycles, with FSDP's hooks and without
+    if world.device.type == "cuda":
+        torch.cuda.empty_cache()
+    dtype: torch.dtype = getattr(torch, config.training.mixed_precision_param)
+    parallel = _transformer(config, mesh, world.device, dtype, requests)
+    parameters = {name: p.detach() for part in parallel.parts for name, p in part.named_parameters()}
+    _fill(order.weights, parameters, world.checkpoint, parallel.layouts, config.inference.ema)
+    codec = Codec(config.encoder, world.device)
+
+    velocity = Velocity(parallel, model, world.device)
+    total = sum(_work(requests[i]) for batches in rounds for i in batch_of(batches, group.number))
+    progress = Progress(total if world.rank == 0 else 0)
+    thumbnails: dict[int, Tensor] = {}
+
+    def predict(x_t: Tensor, *others: Tensor | None) -> Tensor:
+        v = velocity(x_t, *others)  # type: ignore[arg-type]
+        progress.advance(x_t.numel(), f"{len(thumbnails)} of {len(requests)} pictures")
+        return v
+
+    pictures = draw(
+        requests,
+        rounds,
+        features,
+        predict,
+        codec.decode,
+        shift=config.model.flavor != "flux-schnell",
+        group=group,
+        dtype=torch.promote_types(dtype, torch.float32),
+    )
+    for number, picture in pictures:
+        thumbnails[number] = thumbnail(picture, THUMBNAIL)
+        if world.rank == 0:
+            chunks = metadata(requests[number], str(order.weights), config.inference.ema)
+            write_png(order.paths[number], picture, chunks)
+    progress.close()
+    if world.rank == 0:
+        _report(order, config, [thumbnails[i] for i in range(len(requests))])
+    world.close()
+
+
+def _with_guidance(request: Request, model: Flux1Config, default: float) -> Request:
+    """The request with distilled guidance if, and only if, the model takes it."""
+    if not model.guidance_embed:
+        return replace(request, guidance=None)
+    return replace(request, guidance=default) if request.guidance is None else request
+
+
+def _encode(
+    config: JobConfig,
+    model: Flux1Config,
+    mesh: Mesh,
+    group: DataGroup,
+    requests: list[Request],
+    rounds: list[Round],
+) -> dict[str, TextFeatures]:
+    """Features of the texts that this rank needs, on the host; the encoders are gone when it returns."""
+    text = TextEncoders(config.encoder, group.world.device, config.debug.seed, shared_encoder(mesh))
+    check_features(config, text, model)
+    return encode_prompts(requests, rounds, text, group, config.inference.local_batch_size)
+
+
+def _transformer(
+    config: JobConfig, mesh: Mesh, device: torch.device, dtype: torch.dtype, requests: list[Request]
+) -> Parallel:
+    """The model in `dtype`, shared out over the mesh, with memory but without values."""
+    with torch.device("meta"):
+        model = registry.build(config.model.name, config.model.flavor).to(dtype).requires_grad_(False)
+    parallel = parallelize(
+        model,
+        mesh,
+        tokens=(max(r.width * r.height for r in requests) // 256, config.encoder.max_t5_encoding_len),
+        parallelism=config.parallelism,
+        activation_checkpoint=ActivationCheckpoint(mode="none"),
+        compile=config.compile,
+        param_dtype=dtype,
+        reduce_dtype=dtype,
+    )
+    for part in parallel.parts:
+        part.to_empty(device=device)
+    return parallel
+
+
+def _fill(
+    path: Path,
+    parameters: Mapping[str, Tensor],
+    group: dist.ProcessGroup,
+    layouts: Layouts,
+    ema: bool,
+) -> None:
+    """Give this rank's parameters their values from `path`."""
+    if ema:
+        verify(path, group)
+        read_tensors(path, {f"ema.{name}": p for name, p in parameters.items()}, group, layouts)
+    else:
+        load_model(path, parameters, group, layouts)
+
+
+def _work(request: Request) -> int:
+    """Elements of latents that the model sees for a picture."""
+    return request.width * request.height // 4 * request.steps * (2 if request.guided else 1)
+
+
+def write_png(path: Path, picture: Tensor, chunks: Mapping[str, str]) -> None:
+    """A picture uint8 [3, H, W] with texts inside; under its name it is whole."""
+    texts = PngInfo()
+    for name, text in chunks.items():
+        texts.add_text(name, text)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    passing = path.with_name(f".{path.name}.tmp")
+    to_image(picture).save(passing, format="PNG", pnginfo=texts)
+    os.replace(passing, path)
+
+
+def _report(order: Order, config: JobConfig, thumbnails: list[Tensor]) -> None:
+    """Say where the pictures are, and put them on a sheet of their own."""
+    folder = order.paths[0].parent
+    logger.info(f"{len(order.paths)} pictures in {folder}, the first {order.paths[0].name}")
+    if config.inference.contact_sheet and len(order.paths) > 1:
+        names = (folder / f"contact-sheet-{number}.png" for number in count(1))
+        path = next(name for name in names if not name.exists())
+        captions = [f"{r.prompt} ({r.seed})" for r in order.requests]
+        grid(thumbnails, captions).save(path)
+        logger.info(f"  all on one sheet: {path}")
