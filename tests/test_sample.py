@@ -1,0 +1,198 @@
+"""The sampler: BFL's trajectory, diffusers' pipeline, and an even and complete division of the work."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+
+from flux_trainer.config.pictures import Request
+from flux_trainer.encoders.text import TextFeatures
+from flux_trainer.flow import rng
+from flux_trainer.flow.euler import euler
+from flux_trainer.flow.latents import pack, unpack
+from flux_trainer.flow.timesteps import schedule
+from flux_trainer.models.flux1 import Flux1Config, Flux1Model
+from flux_trainer.parallel.apply import Parallel
+from flux_trainer.sample import denoise, guided, prompts_of, share_out
+from flux_trainer.velocity import Velocity
+
+GOLDEN = Path(__file__).parent / "golden"
+CPU = torch.device("cpu")
+BASE = Request("a", width=96, height=64, steps=8, guidance=3.5, cfg_scale=1.0, seed=5)
+
+
+@pytest.fixture(scope="module")
+def velocity() -> Velocity:
+    config = Flux1Config(**json.loads((GOLDEN / "flux1_A/config.json").read_text())["bfl"])
+    model = Flux1Model(config)
+    model.load_state_dict(load_file(GOLDEN / "flux1_A/weights_bfl.safetensors"), strict=True)
+    return Velocity(Parallel([model], {}, None, None), config, CPU)
+
+
+def test_golden_trajectory(velocity):
+    """Each step's input, time and prediction, and where it ends, as BFL's."""
+    golden = load_file(GOLDEN / "sampling/flux1_A.safetensors")
+    noise = golden["in.noise_latents"]
+    features = {
+        text: TextFeatures(golden["in.txt"][i], golden["in.y"][i]) for i, text in enumerate(["a", "b"])
+    }
+    batch = [replace(BASE, prompt=text, guidance=golden["guidance"].item()) for text in features]
+    seen = []
+
+    def predict(x, t, *others):
+        v = velocity(x, t, *others)
+        seen.append({"model_in": pack(x), "t": t, "pred": pack(v)})
+        return v
+
+    times = golden["timesteps"].tolist()
+    assert schedule(4, 24) == pytest.approx(times, abs=2e-7)  # which moves a prediction by up to 1e-4
+    out = euler(guided(batch, features, predict, CPU, torch.float32), noise, times)
+    for step, ours in enumerate(seen):
+        for key, value in ours.items():
+            torch.testing.assert_close(value, golden[f"plain.step{step}.{key}"], atol=2e-5, rtol=0)
+    torch.testing.assert_close(out, golden["out_unpacked"], atol=2e-5, rtol=0)
+
+
+@pytest.fixture(scope="module")
+def pipeline():
+    """diffusers' own, with the same weights by its own names."""
+    diffusers = pytest.importorskip("diffusers")
+    config = json.loads((GOLDEN / "flux1_A/config.json").read_text())["diffusers"]
+    transformer = diffusers.FluxTransformer2DModel(**config)
+    transformer.load_state_dict(load_file(GOLDEN / "flux1_A/weights_diffusers.safetensors"), strict=True)
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(
+        base_image_seq_len=256, base_shift=0.5, max_image_seq_len=4096, max_shift=1.15,
+        num_train_timesteps=1000, shift=3.0, use_dynamic_shifting=True,
+    )  # fmt: skip
+    empty = dict.fromkeys(("vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"))
+    pipe = diffusers.FluxPipeline(transformer=transformer, scheduler=scheduler, **empty)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def conditions(seed: int) -> dict[str, TextFeatures]:
+    draws = torch.Generator().manual_seed(seed)
+    names = ("a", "b", "", "ugly")
+    return {
+        name: TextFeatures(*(torch.randn(s, generator=draws) for s in ((7, 40), (32,)))) for name in names
+    }
+
+
+@pytest.mark.parametrize(("size", "cfg_scale"), [((96, 64), 1.0), ((96, 64), 4.0), ((160, 256), 1.0)])
+def test_final_latents_are_those_of_the_flux_pipeline(velocity, pipeline, size, cfg_scale):
+    """8 steps in float32, with distilled guidance, and true classifier-free guidance beside it."""
+    width, height = size
+    features = conditions(0)
+    batch = [
+        replace(
+            BASE, prompt=p, seed=s, width=width, height=height, cfg_scale=cfg_scale, negative_prompt="ugly"
+        )
+        for p, s in [("a", 5), ("b", 6)]
+    ]
+    ours = denoise(batch, features, velocity, True, CPU, torch.float32)
+
+    shape = (16, height // 8, width // 8)
+    noise = [rng.normal(r.seed, rng.Purpose.PICTURE, torch.tensor([0]), shape) for r in batch]
+    negative = {}
+    if cfg_scale != 1:
+        negative = {
+            "true_cfg_scale": cfg_scale,
+            "negative_prompt_embeds": features["ugly"].txt.expand(2, -1, -1),
+            "negative_pooled_prompt_embeds": features["ugly"].vec.expand(2, -1),
+        }
+    theirs = pipeline(
+        prompt_embeds=torch.stack([features[r.prompt].txt for r in batch]),
+        pooled_prompt_embeds=torch.stack([features[r.prompt].vec for r in batch]),
+        latents=pack(torch.cat(noise)),
+        width=width,
+        height=height,
+        num_inference_steps=8,
+        guidance_scale=3.5,
+        output_type="latent",
+        **negative,
+    ).images
+    difference = (ours - unpack(theirs, *shape[1:])).abs().max().item()
+    print(f"largest difference {difference:.1e} of {ours.abs().max():.1f}")
+    assert difference <= 1e-4
+
+
+def test_times_follow_the_size_and_schnells_are_not_shifted(velocity):
+    times: list[float] = []
+
+    def predict(x, t, *others):
+        times.append(t[0].item())
+        return torch.zeros_like(x)
+
+    for case in json.loads((GOLDEN / "schedules.json").read_text())["flux1"]:
+        if "base_shift" in case:  # not FLUX.1's line
+            continue
+        width, steps = case["image_seq_len"] * 16, case["num_steps"]
+        request = replace(BASE, width=width, height=16, steps=steps)
+        denoise([request], conditions(0), predict, case["shift"], CPU, torch.float64)
+        assert times == pytest.approx(case["timesteps"][:-1], abs=2e-7)
+        times.clear()
+    denoise([replace(BASE, steps=4)], conditions(0), predict, False, CPU, torch.float64)
+    assert times == [1, 0.75, 0.5, 0.25]
+
+
+def test_guidance_leads_from_the_negative_prompt_and_each_has_its_scale():
+    """u + scale (c - u), against a model that returns its condition."""
+    features = {name: TextFeatures(torch.zeros(1, 1), torch.tensor([v])) for name, v in
+                {"a": 1.0, "b": 2.0, "": 5.0, "ugly": 7.0}.items()}  # fmt: skip
+    calls = []
+
+    def predict(x, t, txt, vec, guidance):
+        calls.append((len(x), guidance.tolist()))
+        return vec[:, :, None, None].expand_as(x)
+
+    batch = [
+        replace(BASE, prompt="a", cfg_scale=3.0),
+        replace(BASE, prompt="b", cfg_scale=0.5, guidance=2.0, negative_prompt="ugly"),
+    ]
+    v = guided(batch, features, predict, CPU, torch.float32)(torch.zeros(2, 1, 1, 1), torch.ones(2))
+    assert v.flatten().tolist() == [5 + 3 * (1 - 5), 7 + 0.5 * (2 - 7)]
+    assert calls == [(4, [3.5, 2, 3.5, 2])]
+    plain = [replace(r, cfg_scale=1.0) for r in batch]
+    v = guided(plain, features, predict, CPU, torch.float32)(torch.zeros(2, 1, 1, 1), torch.ones(2))
+    assert v.flatten().tolist() == [1, 2]
+    assert prompts_of(plain) == ["a", "b"]
+    assert prompts_of(batch) == ["a", "", "b", "ugly"]
+
+
+KINDS = st.builds(
+    replace,
+    st.just(BASE),
+    width=st.sampled_from([64, 96]),
+    steps=st.sampled_from([4, 8]),
+    cfg_scale=st.sampled_from([1.0, 2.0, 3.0]),
+    seed=st.integers(0, 3),
+)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(KINDS, min_size=1, max_size=20), st.integers(1, 5), st.integers(1, 4))
+def test_every_request_is_drawn_once_in_batches_of_its_kind(requests, groups, size):
+    rounds = share_out(requests, groups, size)
+    assert Counter(n for batches in rounds for batch in batches for n in batch) == Counter(
+        range(len(requests))
+    )
+    for batches in rounds:
+        assert 1 <= len(batches) <= groups
+        assert len({requests[n].steps for batch in batches for n in batch}) == 1
+        for batch in batches:
+            assert 1 <= len(batch) <= size
+            assert len({(requests[n].width, requests[n].guided) for n in batch}) == 1
+
+
+def test_the_groups_get_even_shares():
+    assert share_out([BASE] * 3, 2, 8) == [[[0], [1, 2]]]
+    assert share_out([BASE] * 5, 2, 2) == [[[0], [1]], [[2], [3, 4]]]
+    assert share_out([BASE, replace(BASE, width=64)], 2, 4) == [[[0], [1]]]  # sizes side by side
