@@ -1,0 +1,325 @@
+"""`flux-trainer generate`: what it refuses, what it writes, and that the mesh does not matter."""
+
+from __future__ import annotations
+
+import gc
+import io
+import json
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from helpers.ranks import run_ranks
+from helpers.tiny_run import MODEL, ROOT, TinyTrainer, tiny_config
+from PIL import Image
+
+from flux_trainer import __version__
+from flux_trainer.cli.generate import ALIASES, plan
+from flux_trainer.cli.main import main
+from flux_trainer.config.load import ConfigError
+
+PROMPTS = ["a red apple", "a dog, asleep", "überall"]
+
+
+def train(folder: Path) -> list[np.ndarray]:
+    """A run of two steps with its checkpoint; returns what it draws of the prompts then."""
+    flags = [
+        "--training.steps=2",
+        "--lr_scheduler.warmup_steps=0",
+        "--checkpoint.enable",
+        "--flow.guidance=2",
+    ]
+    drawing = ["--validation.enable", "--validation.denoising_steps=3", "--validation.prompts=x"]
+    trainer = TinyTrainer(tiny_config(folder, *flags, *drawing))
+    trainer.train()
+    return [pixels.permute(1, 2, 0).numpy() for pixels in trainer.draw(PROMPTS[:1])]
+
+
+def generate(folder: Path, *words: str) -> list[str]:
+    """Draw from the run in `folder`; returns what the console shows."""
+    from flux_trainer.models import registry
+
+    registry.FLAVORS["flux-tiny"] = MODEL
+    sys.stderr = io.StringIO()
+    try:
+        assert main(["generate", str(folder / "run"), *words]) == 0, sys.stderr.getvalue()
+        return sys.stderr.getvalue().splitlines()
+    finally:
+        sys.stderr = sys.__stderr__
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> tuple[Path, list[np.ndarray]]:
+    folder = tmp_path_factory.mktemp("generate")
+    return folder, run_ranks(1, train, folder)[0]
+
+
+@pytest.fixture(scope="module")
+def one_process(run) -> Path:
+    """Three prompts in two sizes, all of a size in one batch."""
+    out = run[0] / "one"
+    run_ranks(1, generate, run[0], *PROMPTS, "--out", str(out), "--size", "16,32x16", "--n", "2", "--batch=8")
+    return out
+
+
+def pictures(folder: Path) -> dict[str, np.ndarray]:
+    return {path.name: np.asarray(Image.open(path)) for path in sorted(folder.glob("0*.png"))}
+
+
+def words_of(path: Path) -> dict[str, Any]:
+    return json.loads(Image.open(path).text["flux_trainer"])
+
+
+def test_a_file_for_each_picture_and_a_sheet(one_process):
+    assert [(name, p.shape) for name, p in pictures(one_process).items()] == [
+        (f"00{i}_{slug}_{size}_seed{seed}.png", shape)
+        for i, slug in enumerate(["a-red-apple", "a-dog-asleep", "überall"], 1)
+        for size, shape in (("16x16", (16, 16, 3)), ("32x16", (16, 32, 3)))
+        for seed in (0, 1)
+    ]
+    assert sorted(p.name for p in one_process.iterdir() if not p.name.startswith("0")) == [
+        "contact-sheet-1.png"
+    ]
+    assert Image.open(one_process / "contact-sheet-1.png").width > 3 * 160
+
+
+def test_settings_are_inside(one_process, run):
+    path = one_process / "003_überall_32x16_seed1.png"
+    assert words_of(path) == {
+        "prompt": "überall",
+        "negative_prompt": "",
+        "seed": 1,
+        "width": 32,
+        "height": 16,
+        "steps": 3,
+        "guidance": 2.0,
+        "cfg_scale": 5.0,
+        "weights": str(run[0] / "run/checkpoint/step-2"),
+        "ema": False,
+        "version": __version__,
+    }
+    assert Image.open(path).text["parameters"] == (
+        "überall\nSteps: 3, Sampler: Euler, CFG scale: 5.0, Distilled CFG Scale: 2.0, Seed: 1, Size: 32x16, "
+        f"Model: step-2, Version: flux_trainer {__version__}"
+    )
+
+
+def test_it_draws_what_the_run_draws_while_it_validates(one_process, run):
+    """The run's default settings, with the same seed."""
+    assert np.array_equal(pictures(one_process)["001_a-red-apple_16x16_seed0.png"], run[1][0])
+
+
+def test_each_seed_prompt_and_size_has_its_picture(one_process):
+    seen = pictures(one_process)
+    assert len({picture.tobytes() for picture in seen.values()}) == len(seen)
+
+
+MESHES = {
+    "batches of two": (1, []),
+    "shard": (2, []),
+    "replicate": (2, ["--parallelism.data_parallel_replicate_degree=2"]),
+    **{
+        kind: (2, [f"--parallelism.{kind}_parallel_degree=2"])
+        for kind in ("context", "tensor", "pipeline")
+    },
+}  # fmt: skip
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("mesh", MESHES)
+def test_a_picture_depends_neither_on_batch_nor_on_mesh(run, one_process, tmp_path, mesh):
+    """In float64; three prompts do not divide among two groups."""
+    ranks, flags = MESHES[mesh]
+    words = ["--out", str(tmp_path), "--size", "16,32x16", "--n=2", "--batch=2"]
+    run_ranks(ranks, generate, run[0], *PROMPTS, *words, *flags)
+    got, want = pictures(tmp_path), pictures(one_process)
+    assert got.keys() == want.keys()
+    for name in want:
+        assert np.array_equal(got[name], want[name]), name
+
+
+def test_other_weights_and_settings_give_other_pictures(run, one_process, tmp_path):
+    name = "001_a-red-apple_16x16_seed0.png"
+    plain = pictures(one_process)[name]
+    changes = {
+        "ema": ["--inference.ema"],
+        "steps": ["--steps=2"],
+        "guidance": ["--guidance=7"],
+        "cfg": ["--cfg=1"],
+        "negative": ["--negative", "ugly"],
+    }
+    for change, flags in changes.items():
+        out = tmp_path / change
+        lines = run_ranks(1, generate, run[0], PROMPTS[0], "--out", str(out), *flags)[0]
+        assert not np.array_equal(pictures(out)[name], plain), change
+        assert list(out.iterdir()) == [out / name]  # one picture needs no sheet
+        assert any(str(out) in line for line in lines)
+    assert words_of(tmp_path / "cfg" / name)["negative_prompt"] is None
+    assert "\nNegative prompt: ugly\n" in Image.open(tmp_path / "negative" / name).text["parameters"]
+
+
+def without_encoders(folder: Path, out: Path) -> list[str]:
+    """The classes of encoders that are alive when the transformer gets its memory."""
+    from transformers import CLIPTextModel, T5EncoderModel
+
+    from flux_trainer import generate as module
+
+    alive, transformer = [], module._transformer
+
+    def watched(*args: Any) -> Any:
+        alive.extend(
+            type(o).__name__ for o in gc.get_objects() if isinstance(o, (T5EncoderModel, CLIPTextModel))
+        )
+        return transformer(*args)
+
+    module._transformer = watched
+    generate(folder, "a", "--out", str(out))
+    return alive
+
+
+@pytest.mark.distributed
+def test_the_text_encoders_are_gone_when_the_transformer_comes(run, tmp_path):
+    """Also where T5 is sharded, and tied to itself by FSDP's hooks."""
+    assert run_ranks(2, without_encoders, run[0], tmp_path) == [[], []]
+
+
+def test_prompts_come_from_a_file_or_from_standard_input(run, tmp_path, monkeypatch):
+    folder = str(run[0] / "run")
+    (tmp_path / "prompts.txt").write_text("a cat, asleep\n\n  a dog \n", encoding="utf-8")
+    order, config, _ = plan([folder, "--inference.prompts_path", str(tmp_path / "prompts.txt")], 1)
+    assert [r.prompt for r in order.requests] == ["a cat, asleep", "a dog"]
+    monkeypatch.setattr("sys.stdin", io.StringIO("one\ntwo\n"))
+    order, _, _ = plan([folder, "-"], 1)
+    assert [r.prompt for r in order.requests] == ["one", "two"]
+    order, _, _ = plan([folder, "--", "--strange", "-"], 1)
+    assert [r.prompt for r in order.requests] == ["--strange", "-"]
+    assert config.parallelism.data_parallel_shard_degree == -1
+
+
+def test_short_flags_and_where_pictures_go(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = run[0] / "run"
+    words = {
+        "--out": "here",
+        "--size": "48",
+        "--steps": "7",
+        "--seed": "3",
+        "--guidance": "1.5",
+        "--cfg": "2",
+        "--negative": "ugly, blurred",
+        "--batch": "9",
+        "--n": "1",
+    }
+    assert words.keys() == ALIASES.keys()
+    for argv in ([w for pair in words.items() for w in pair], [f"{k}={v}" for k, v in words.items()]):
+        order, config, _ = plan([str(folder), "a", *argv], 1)
+        assert order.paths == [tmp_path / "here/001_a_48x48_seed3.png"]
+        [r] = order.requests
+        assert (r.steps, r.guidance, r.cfg_scale, r.negative_prompt) == (7, 1.5, 2.0, "ugly, blurred")
+        assert config.inference.local_batch_size == 9
+    order, _, _ = plan([str(folder), "a"], 1)
+    assert order.paths == [folder / "inference_results/001_a_16x16_seed0.png"]
+    order, _, _ = plan([str(folder / "checkpoint/step-2"), "a"], 1)
+    assert order.paths == [folder / "inference_results/001_a_16x16_seed0.png"]
+
+
+REFUSALS = {
+    "": "WEIGHTS is missing: flux-trainer generate WEIGHTS PROMPT...; --help says more",
+    "RUN": "nothing to draw: give prompts as arguments",
+    "RUN a --size 60": 'inference.sizes.0 = "60" is no size of a picture; expected WIDTHxHEIGHT',
+    "RUN a --size 0x16": 'inference.sizes.0 = "0x16" is no size of a picture',
+    "RUN a --cfg much": 'inference.cfg_scale = "much": wrong type; expected a number >= 0 or none',
+    "RUN a --seed 72057594037927936": "inference.seed = 72057594037927936 is too large",
+    "RUN a --inference.promts b": "inference.promts: unknown key; did you mean inference.prompts or ",
+    "RUN a a": "the same picture is asked for twice: 001_a_16x16_seed0.png",
+    "RUN --inference.prompts_path nowhere.txt": 'inference.prompts_path = "nowhere.txt" is not there',
+    "RUN --inference.prompts_path x --inference.prompts a": "are both given; give one of the two",
+    "RUN a --parallelism.tensor_parallel_degree 2": "does not divide the 1 ranks of this run; possible: 1",
+    "RUN/img a": "this folder is neither a run (config.toml), nor one of its checkpoints",
+    "nowhere a": "nowhere: there is no such file or folder (looked in ",
+    "README.md a": "README.md: weights are read from .safetensors files; a pickle could run code",
+    "RUN a --out ONE --size 16": "001_a_16x16_seed0.png would be replaced: take another --seed or --out",
+}
+
+
+@pytest.mark.parametrize("words", REFUSALS)
+def test_refusals_are_sentences(run, words, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    (tmp_path / "001_a_16x16_seed0.png").write_text("precious")
+    words_ = words.replace("RUN", str(run[0] / "run")).replace("ONE", str(tmp_path)).split()
+    assert main(["generate", *words_]) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert REFUSALS[words] in printed.err
+    assert len(printed.err.splitlines()) == 1
+    assert (tmp_path / "001_a_16x16_seed0.png").read_text() == "precious"
+
+
+def test_standard_input_is_for_one_process(run):
+    with pytest.raises(ConfigError, match="standard input reaches one process only"):
+        plan([str(run[0] / "run"), "-"], 2)
+
+
+def test_refusals_import_no_torch(run):
+    code = (
+        "import sys\nfrom flux_trainer.cli.main import main\n"
+        f"assert main(['generate', {str(run[0] / 'run')!r}, 'a', '--size', '60']) == 2\n"
+        "assert main(['generate', '--help']) == 0\n"
+        "print(sorted({'torch', 'numpy', 'transformers', 'PIL'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, text=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_published_weights_bring_their_settings(tmp_path):
+    """FLUX.1's folders as they are published; which of the two it is shows in the file."""
+    for part in ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "transformer", "vae"):
+        (tmp_path / part).mkdir()
+    (tmp_path / "ae.safetensors").write_text("")
+    (tmp_path / "model_index.json").write_text("{}")
+    (tmp_path / "transformer/config.json").write_text('{"guidance_embeds": false}')
+    header = json.dumps({"guidance_in.in_layer.weight": {}}).encode()
+    (tmp_path / "flux1-dev.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
+
+    order, config, _ = plan([str(tmp_path / "flux1-dev.safetensors"), "a"], 1)
+    [r] = order.requests
+    assert config.model.flavor == "flux-dev"
+    assert (r.steps, r.guidance, r.cfg_scale, r.width, r.height) == (50, 3.5, 1.0, 1024, 1024)
+    encoder = config.encoder
+    assert encoder.max_t5_encoding_len == 512
+    assert encoder.t5_encoder == str(tmp_path / "text_encoder_2")
+    assert encoder.clip_encoder == str(tmp_path / "text_encoder")
+    assert encoder.t5_tokenizer == str(tmp_path / "tokenizer_2")
+    assert encoder.clip_tokenizer == str(tmp_path / "tokenizer")
+    assert encoder.autoencoder_path == str(tmp_path / "ae.safetensors")
+
+    order, config, _ = plan([str(tmp_path), "a", "--encoder.max_t5_encoding_len=128"], 1)
+    [r] = order.requests
+    assert config.model.flavor == "flux-schnell"
+    assert (r.steps, r.guidance, r.cfg_scale) == (4, None, 1.0)
+    assert config.encoder.max_t5_encoding_len == 128
+
+    (tmp_path / "cut.safetensors").write_bytes(b"\xff" * 20)
+    with pytest.raises(ConfigError, match=r"cut\.safetensors: not a safetensors file, or cut off"):
+        plan([str(tmp_path / "cut.safetensors"), "a"], 1)
+
+
+def test_the_readme_command_draws_from_the_readme_run(run, tmp_path, monkeypatch):
+    """Its words, on a smaller run of the same settings file's kind."""
+    import tomllib
+
+    commands = [
+        shlex.split(line, comments=True)
+        for line in (ROOT / "README.md").read_text().splitlines()
+        if line.startswith("    flux-trainer generate ")
+    ]
+    assert commands
+    default = tomllib.loads((ROOT / "train_configs/emoji_tiny.toml").read_text())["job"]["dump_folder"]
+    assert os.path.normpath(commands[0][2]) == os.path.normpath(default)
+    run_ranks(1, generate, run[0], *commands[0][3:], "--out", str(tmp_path))
+    assert len(pictures(tmp_path)) >= 2
