@@ -6,12 +6,11 @@ Each check yields (key, sentence); the sentence goes on after "KEY = VALUE" and 
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from flux_trainer.config import toml
-from flux_trainer.config.files import Finding, missing_files, missing_models, not_there
+from flux_trainer.config.files import Finding, missing_files, missing_for_pictures
 from flux_trainer.config.pictures import SEED_LIMIT, parse_size
 from flux_trainer.config.problems import ConfigError, origin_of
 from flux_trainer.config.schema import JobConfig
@@ -50,10 +49,7 @@ def check_generation(
     config: JobConfig, world_size: int | None, origins: Mapping[str, str] | None = None
 ) -> None:
     """As `check`, for drawing pictures with the settings: those of data and training do not matter."""
-    findings = [*_parallelism(config, world_size), *_inference(config), *missing_models(config)]
-    path = config.inference.prompts_path
-    if not config.inference.prompts and path not in ("", "-") and not os.path.isfile(path):
-        findings.append(("inference.prompts_path", not_there(path, "file")))
+    findings = [*_parallelism(config, world_size), *_inference(config), *missing_for_pictures(config)]
     if findings:
         raise ConfigError([_line(config, finding, origins or {}) for finding in findings])
 

@@ -23,7 +23,7 @@ _ENCODERS = {
 
 def missing_files(config: JobConfig) -> Iterator[Finding]:
     """(key, sentence) for every local file, folder or optional package that is missing."""
-    yield from missing_models(config)
+    yield from _models(config)
     for name, sources in (
         ("data.sources", config.data.sources),
         ("validation.sources", config.validation.sources),
@@ -31,7 +31,7 @@ def missing_files(config: JobConfig) -> Iterator[Finding]:
         for i, source in enumerate(sources):
             yield from _source(f"{name}.{i}", source)
     if config.validation.prompts_path and not os.path.isfile(config.validation.prompts_path):
-        yield "validation.prompts_path", not_there(config.validation.prompts_path, "file")
+        yield "validation.prompts_path", _not_there(config.validation.prompts_path, "file")
     if config.metrics.enable_wandb and importlib.util.find_spec("wandb") is None:
         yield (
             "metrics.enable_wandb",
@@ -40,31 +40,38 @@ def missing_files(config: JobConfig) -> Iterator[Finding]:
     yield from _folders(config)
 
 
+def missing_for_pictures(config: JobConfig) -> Iterator[Finding]:
+    """The same for what `flux-trainer generate` reads."""
+    yield from _models(config)
+    path = config.inference.prompts_path
+    if path not in ("", "-") and not os.path.isfile(path):
+        yield "inference.prompts_path", _not_there(path, "file")
+
+
 def looks_local(name: str) -> bool:
     """Whether a model's name means a folder: `owner/name` is a hub id unless `owner` is a folder here."""
     parts = Path(name).parts
     return os.path.isabs(name) or name.startswith((".", "~")) or len(parts) != 2 or os.path.isdir(parts[0])
 
 
-def missing_models(config: JobConfig) -> Iterator[Finding]:
-    """(key, sentence) for every encoder and tokenizer that is named as a local one and is not there."""
+def _models(config: JobConfig) -> Iterator[Finding]:
     path = Path(config.encoder.autoencoder_path)
     if not path.is_file():
         repo = path.parent.name if path.parent.name.startswith("FLUX.1-") else "FLUX.1-schnell"
         command = f"hf download black-forest-labs/{repo} {path.name} --local-dir {path.parent}"
         brings = f"; `{command}` brings FLUX's" if path.name == "ae.safetensors" else ""
-        yield "encoder.autoencoder_path", not_there(str(path), "file") + brings
+        yield "encoder.autoencoder_path", _not_there(str(path), "file") + brings
     for key in ("t5_encoder", "clip_encoder", "t5_tokenizer", "clip_tokenizer"):
         name = getattr(config.encoder, key)
         if name and looks_local(name) and not Path(name).expanduser().is_dir():
-            yield f"encoder.{key}", not_there(name, "folder") + "; " + _ENCODERS[key.partition("_")[0]]
+            yield f"encoder.{key}", _not_there(name, "folder") + "; " + _ENCODERS[key.partition("_")[0]]
 
 
 def _source(name: str, source: Source) -> Iterator[Finding]:
     if source.type == "folder" and source.path and not os.path.isdir(source.path):
-        yield f"{name}.path", not_there(source.path, "folder")
+        yield f"{name}.path", _not_there(source.path, "folder")
     if source.type == "jsonl" and source.path and not os.path.isfile(source.path):
-        yield f"{name}.path", not_there(source.path, "file")
+        yield f"{name}.path", _not_there(source.path, "file")
     if source.type == "hf" and importlib.util.find_spec("datasets") is None:
         yield f"{name}.type", 'needs a package that is not installed: pip install "flux_trainer[hf]"'
 
@@ -74,7 +81,7 @@ def _folders(config: JobConfig) -> Iterator[Finding]:
     if dump.exists() and not dump.is_dir():
         yield "job.dump_folder", "is a file; name a folder"
     if section.initial_load_path and not os.path.isdir(section.initial_load_path):
-        yield "checkpoint.initial_load_path", not_there(section.initial_load_path, "folder")
+        yield "checkpoint.initial_load_path", _not_there(section.initial_load_path, "folder")
     if (
         section.enable
         and section.load_step >= 0
@@ -85,8 +92,7 @@ def _folders(config: JobConfig) -> Iterator[Finding]:
         yield "checkpoint.load_step", f"is not among the checkpoints in {dump / section.folder}; {listed}"
 
 
-def not_there(path: str, kind: str) -> str:
-    """The sentence for a file or folder that is missing."""
+def _not_there(path: str, kind: str) -> str:
     where = "" if os.path.isabs(path) else f" (looked in {os.getcwd()})"
     other = " but a folder is" if kind == "file" and os.path.isdir(path) else ""
     other = " but a file is" if kind == "folder" and os.path.isfile(path) else other

@@ -238,7 +238,7 @@ REFUSALS = {
     "RUN a --inference.promts b": "inference.promts: unknown key; did you mean inference.prompts or ",
     "RUN a a": "the same picture is asked for twice: 001_a_16x16_seed0.png",
     "RUN --inference.prompts_path nowhere.txt": 'inference.prompts_path = "nowhere.txt" is not there',
-    "RUN --inference.prompts_path x --inference.prompts a": "are both given; give one of the two",
+    "RUN --inference.prompts_path README.md --inference.prompts a": "are both given; give one of the two",
     "RUN a --parallelism.tensor_parallel_degree 2": "does not divide the 1 ranks of this run; possible: 1",
     "RUN/img a": "this folder is neither a run (config.toml), nor one of its checkpoints",
     "nowhere a": "nowhere: there is no such file or folder (looked in ",
