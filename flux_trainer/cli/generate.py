@@ -90,7 +90,8 @@ def plan(argv: Sequence[str], world_size: int) -> tuple[Order, JobConfig, list[s
         sources = "as arguments, as lines of --inference.prompts_path FILE, or - for standard input's"
         raise ConfigError([f"nothing to draw: give prompts {sources}"])
     steps, guidance, cfg_scale = scales(config.model.flavor)
-    wanted = requests(section, prompts, steps=steps, guidance=guidance, cfg_scale=cfg_scale)
+    side = config.training.img_size if weights.belong_to_run else 1024
+    wanted = requests(section, prompts, side=side, steps=steps, guidance=guidance, cfg_scale=cfg_scale)
     folder = Path(config.job.dump_folder) / section.save_img_folder
     order = Order(weights.path, wanted, [folder / name for name in file_names(wanted)])
     _check_files(order, section.overwrite)

@@ -77,15 +77,21 @@ def parse_size(text: str) -> tuple[int, int] | None:
 
 
 def requests(
-    section: Inference, prompts: Sequence[str], *, steps: int, guidance: float | None, cfg_scale: float
+    section: Inference,
+    prompts: Sequence[str],
+    *,
+    side: int,
+    steps: int,
+    guidance: float | None,
+    cfg_scale: float,
 ) -> list[Request]:
     """Every prompt in every size, `images_per_prompt` times: the k-th with the seed `section.seed` + k.
 
     Args:
-        section: checked; `sizes` is not empty.
-        steps, guidance, cfg_scale: for what the section leaves to the model.
+        section: checked.
+        side, steps, guidance, cfg_scale: for what the section leaves open; side is that of a square.
     """
-    sizes = [size for text in section.sizes if (size := parse_size(text))]
+    sizes = [size for text in section.sizes if (size := parse_size(text))] or [(side, side)]
     return [
         Request(
             prompt,

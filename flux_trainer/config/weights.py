@@ -37,6 +37,7 @@ class Weights:
     """A step's folder, a file or a diffusers folder."""
     settings: list[Assignment]
     """What lies beside them says; files and flags of the command line come after."""
+    belong_to_run: bool
 
 
 def find_weights(name: str) -> Weights:
@@ -50,18 +51,18 @@ def find_weights(name: str) -> Weights:
     if path.is_file():
         if path.suffix != ".safetensors":
             raise ConfigError([f"{name}: weights are read from .safetensors files; a pickle could run code"])
-        return Weights(path, list(_published(name, path.parent, _header(path))))
+        return Weights(path, list(_published(name, path.parent, _header(path))), False)
     if not path.is_dir():
         raise ConfigError([f"{name}: there is no such file or folder (looked in {Path.cwd()})"])
     if (path / "config.toml").is_file():
-        return Weights(_newest_step(path), list(_run(path)))
+        return Weights(_newest_step(path), list(_run(path)), True)
     if (path / "manifest.json").is_file() or (path / ".metadata").is_file():
         run = next((up for up in list(path.absolute().parents)[:3] if (up / "config.toml").is_file()), None)
-        return Weights(path, list(_run(run)) if run else [])
+        return Weights(path, list(_run(run)) if run else [], run is not None)
     if (path / "model_index.json").is_file():
-        return Weights(path, list(_published(name, path, _json(path / "transformer" / "config.json"))))
+        return Weights(path, list(_published(name, path, _json(path / "transformer" / "config.json"))), False)
     if (path / "config.json").is_file():
-        return Weights(path, list(_published(name, path.parent, _json(path / "config.json"))))
+        return Weights(path, list(_published(name, path.parent, _json(path / "config.json"))), False)
     raise ConfigError(
         [
             f"{name}: this folder is neither a run (config.toml), nor one of its checkpoints (step-N with "
@@ -89,7 +90,6 @@ def _run(folder: Path) -> Iterator[Assignment]:
     origin = str(folder / "config.toml")
     run = load_config(["--job.config_file", origin])
     yield Assignment(origin, ("job", "dump_folder"), str(folder))
-    yield Assignment(origin, ("inference", "sizes"), [str(run.training.img_size)])
     if run.validation.enable:
         guided = run.validation.enable_classifier_free_guidance
         scale = run.validation.classifier_free_guidance_scale if guided else 1.0
@@ -98,7 +98,7 @@ def _run(folder: Path) -> Iterator[Assignment]:
         yield Assignment(origin, ("inference", "guidance"), run.flow.guidance)
     for section in RUN_SECTIONS:
         for key, value in getattr(run, section):
-            if value not in (None, []):  # its own choice, and the lists' defaults are empty
+            if value is not None:
                 yield Assignment(origin, (section, key), value)
 
 
@@ -108,7 +108,6 @@ def _published(name: str, folder: Path, contents: Mapping[str, Any]) -> Iterator
     flavor, length = ("flux-dev", 512) if guided else ("flux-schnell", 256)
     yield Assignment(name, ("model", "flavor"), flavor)
     yield Assignment(name, ("encoder", "max_t5_encoding_len"), length)
-    yield Assignment(name, ("inference", "sizes"), ["1024"])
     for key, part in {
         "t5_encoder": "text_encoder_2",
         "clip_encoder": "text_encoder",
