@@ -26,7 +26,7 @@ from flux_trainer.encoders.text import TextEncoders, TextFeatures
 from flux_trainer.metrics.pictures import grid, thumbnail, to_image
 from flux_trainer.metrics.progress import Progress
 from flux_trainer.models import registry
-from flux_trainer.models.flux1 import Flux1Config
+from flux_trainer.models.configs import Flux1Config
 from flux_trainer.parallel.apply import Parallel, parallelize
 from flux_trainer.parallel.mesh import DataGroup, Mesh, build_mesh, data_group
 from flux_trainer.runtime.dist import init_distributed, set_deterministic

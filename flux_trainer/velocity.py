@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from flux_trainer.config.schema import JobConfig
 from flux_trainer.encoders.text import Shard, TextEncoders
 from flux_trainer.flow.latents import image_ids, pack, text_ids, unpack
-from flux_trainer.models.flux1 import Flux1Config
+from flux_trainer.models.configs import Flux1Config
 from flux_trainer.parallel.apply import Parallel
 from flux_trainer.parallel.fsdp import shard
 from flux_trainer.parallel.mesh import Mesh
