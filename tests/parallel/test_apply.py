@@ -1,11 +1,11 @@
 """A parallel model computes what the plain one does: gradients in float64 against one process."""
 
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 from helpers.ranks import run_ranks
+from helpers.resident import needs_proc, peak, restart_peak
 from helpers.small_model import small
 from torch.distributed.tensor import DTensor
 
@@ -161,20 +161,14 @@ def test_checkpointing_recomputes_and_changes_no_bit(remat, one_process):
 
 def peak_while_building() -> tuple[int, int]:
     """By how many bytes this process's resident memory rose at most, and the size of its shard."""
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-    before = resident("VmHWM")
+    before = restart_peak()
     large = replace(CONFIG, hidden_size=1024, axes_dim=(128, 192, 192))
     model = build(torch.distributed.get_world_size(), config=large, dtype=torch.float32)
-    return resident("VmHWM") - before, sum(p.to_local().numel() * 4 for p in model.parameters())
+    return peak() - before, sum(p.to_local().numel() * 4 for p in model.parameters())
 
 
-def resident(field: str) -> int:
-    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if field in line)
-    return int(line.split()[1]) * 1024
-
-
+@needs_proc
 @pytest.mark.distributed
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads Linux's /proc")
 def test_no_rank_ever_holds_the_whole_model():
     """From the meta device to initial weights; a whole copy would be four times the shard. What else is
     taken (code that is loaded, the generator's buffers) does not grow with the model."""
