@@ -27,7 +27,7 @@ from flux_trainer.data.samples import Batch
 from flux_trainer.encoders.bundle import Encoded
 from flux_trainer.flux import FluxTrainer
 from flux_trainer.models import registry
-from flux_trainer.models.flux1 import Flux1Model
+from flux_trainer.models.model import FluxModel
 from flux_trainer.parallel.mesh import DATA, SHARED
 from flux_trainer.runtime.layout import local
 
@@ -111,7 +111,7 @@ def one_step(folder: Path, ranks: int, *flags: str, rank: int = 0) -> int:
         stack.enter_context(fake_world(ranks, rank))
         stack.enter_context(patch("flux_trainer.flux.open_mixture", lambda *_: None))
         stack.enter_context(patch("flux_trainer.flux.Encoders", lambda *_: NoEncoders(config)))
-        stack.enter_context(patch.object(Flux1Model, "to_empty", to_empty))
+        stack.enter_context(patch.object(FluxModel, "to_empty", to_empty))
         gc.disable()  # as `Trainer.train` does; it would take a third of the time
         stack.callback(gc.enable)
         trainer = FullSize(config)
