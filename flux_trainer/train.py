@@ -39,7 +39,8 @@ def train(config: JobConfig) -> int:
 
     from flux_trainer.checkpoint.errors import CheckpointError
     from flux_trainer.flux import FluxTrainer
-    from flux_trainer.runtime.dist import PeerLost, tells_of_lost_peer
+    from flux_trainer.runtime import peers
+    from flux_trainer.runtime.dist import tells_of_lost_peer
 
     @record
     def run() -> None:
@@ -49,13 +50,16 @@ def train(config: JobConfig) -> int:
 
     try:
         run()
-    except (ValueError, FileNotFoundError, CheckpointError, PeerLost) as error:
+    except (ValueError, FileNotFoundError, CheckpointError) as error:
+        peers.failed(str(error))
         logger.error(str(error))
         return 1
-    except RuntimeError as error:
+    except BaseException as error:
         if not tells_of_lost_peer(error):
+            peers.failed(f"{type(error).__name__}: {error}")
             raise
-        logger.error(f"Another rank is gone or hung; noticed in the middle of a step: {error}")
+        who = peers.lost() or "Another rank is gone or hung."
+        logger.error(f"{who} This one ends without saving. It noticed by: {error}")
         return 1
     return 0
 

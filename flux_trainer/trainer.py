@@ -41,7 +41,8 @@ from flux_trainer.parallel.arithmetic import global_batch_size, micro_batches
 from flux_trainer.parallel.fsdp import defer_all_reduce, reshard
 from flux_trainer.parallel.init import init_weights
 from flux_trainer.parallel.mesh import DATA, build_mesh
-from flux_trainer.parallel.stages import check_micro_batches
+from flux_trainer.parallel.stages import STAGES_PER_RANK, check_micro_batches
+from flux_trainer.runtime import peers
 from flux_trainer.runtime.dist import init_distributed, set_deterministic
 from flux_trainer.runtime.files import write_text
 from flux_trainer.runtime.log import logger
@@ -64,7 +65,10 @@ class Trainer(ABC):
         set_deterministic(config.debug.seed, config.debug.deterministic)
         self.world = init_distributed(config.comm.init_timeout_seconds)
         self.device = self.world.device
-        self.mesh = build_mesh(config.parallelism, self.world.size, self.device.type)
+        patience = config.comm.init_timeout_seconds
+        self.mesh = build_mesh(config.parallelism, self.world.size, self.device.type, patience)
+        self.world.set_timeout(patience)  # of FSDP's groups, too
+        peers.introduce(self.mesh.place(STAGES_PER_RANK[config.parallelism.pipeline_parallel_schedule]))
         self.step = 0
         self.samples_seen = 0  # position in the run's sample order
 

@@ -7,6 +7,8 @@ talks most (tp, then cp) lies on neighbouring devices of one machine.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from datetime import timedelta
+from functools import partial
 from math import prod
 
 import torch
@@ -47,6 +49,15 @@ class Mesh:
             number = number * self.sizes[name] + self.coordinates[name]
         return number
 
+    def place(self, stages_per_rank: int = 1) -> str:
+        """This rank's place in words: `stage 1 of 2, dp_shard 0`."""
+        words = [f"{name} {self.coordinates[name]}" for name in DIMENSIONS if self.sizes[name] > 1]
+        if self.sizes["pp"] > 1:
+            total = self.sizes["pp"] * stages_per_rank
+            stages = range(self.coordinates["pp"], total, self.sizes["pp"])
+            words[0] = f"stage {' and '.join(map(str, stages))} of {total}"
+        return ", ".join(words)
+
     def size(self, *dimensions: str) -> int:
         """Number of ranks in a group along `dimensions`."""
         return prod(self.sizes[name] for name in dimensions)
@@ -70,8 +81,12 @@ def data_group(mesh: Mesh, world: World) -> DataGroup:
     return DataGroup(mesh.rank(*DATA), mesh.size(*DATA), mesh.rank(*SHARED) == 0, world)
 
 
-def build_mesh(section: Parallelism, world_size: int, device_type: str) -> Mesh:
+def build_mesh(section: Parallelism, world_size: int, device_type: str, timeout_seconds: float = 300) -> Mesh:
     """The mesh over all ranks.
+
+    Args:
+        timeout_seconds: patience of the groups whose ranks send to each other. gloo's sends and receives keep
+            it for ever; `World.set_timeout` changes that of nccl, and of gloo's collectives.
 
     Raises:
         ValueError: the degrees do not multiply to `world_size`.
@@ -79,6 +94,7 @@ def build_mesh(section: Parallelism, world_size: int, device_type: str) -> Mesh:
     sizes = degrees(section, world_size)
     ranks = torch.arange(world_size).view(*sizes.values())
     place = (ranks == dist.get_rank()).nonzero()[0].tolist()
+    group = partial(_group, ranks, timedelta(seconds=timeout_seconds))
     weights = DeviceMesh(  # [pp x tp, dp_replicate, dp_shard x cp]
         device_type,
         ranks.permute(0, 4, 1, 2, 3).flatten(3, 4).flatten(0, 1),
@@ -90,14 +106,14 @@ def build_mesh(section: Parallelism, world_size: int, device_type: str) -> Mesh:
         coordinates=dict(zip(DIMENSIONS, place, strict=True)),
         fsdp=weights["dp_replicate", "fsdp"] if sizes["dp_replicate"] > 1 else weights["fsdp"],
         model=copies["model"],
-        cp=_group(ranks, "cp"),
-        tp=_group(ranks, "tp"),
-        pp=_group(ranks, "pp"),
-        shared=_group(ranks, *SHARED),
+        cp=group("cp"),
+        tp=group("tp"),
+        pp=group("pp"),
+        shared=group(*SHARED),
     )
 
 
-def _group(ranks: torch.Tensor, *dimensions: str) -> dist.ProcessGroup | None:
+def _group(ranks: torch.Tensor, timeout: timedelta, *dimensions: str) -> dist.ProcessGroup | None:
     """This rank's group along `dimensions`, in mesh order; every rank makes all such groups."""
     inner = [DIMENSIONS.index(name) for name in dimensions]
     outer = [i for i in range(ranks.ndim) if i not in inner]
@@ -108,7 +124,7 @@ def _group(ranks: torch.Tensor, *dimensions: str) -> dist.ProcessGroup | None:
         return dist.group.WORLD
     mine = None
     for row in rows.tolist():
-        group = dist.new_group(row, use_local_synchronization=False)
+        group = dist.new_group(row, timeout=timeout, use_local_synchronization=False)
         if dist.get_rank() in row:
             mine = group
     return mine

@@ -19,8 +19,7 @@ once in a step, and the rank has room for the weights and gradients of its whole
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -33,7 +32,6 @@ from torch.distributed.pipelining.schedules import PipelineScheduleMulti, get_sc
 from flux_trainer.models.model import FluxModel
 from flux_trainer.parallel.cut import take
 from flux_trainer.parallel.stages import STAGES_PER_RANK
-from flux_trainer.runtime.dist import PeerLost
 
 Inputs = Mapping[str, Tensor | None]
 """Arguments of the model by name, without `state`; those of all ranks of a pipeline are the same."""
@@ -97,43 +95,34 @@ class Pipeline:
 
         Returns:
             The sum of the losses on the rank that has the last stage, zero elsewhere: a scalar on the device.
-
-        Raises:
-            PeerLost: another rank is gone or hung.
         """
         self.inputs, self.loss = inputs, loss
         losses: list[Tensor] = []
         numbers = torch.arange(len(inputs))  # what the schedule splits into micro-batches
-        with self._neighbours_alive():
-            self._schedule().step(index=numbers, target=numbers, losses=losses, return_outputs=False)
+        self._schedule().step(index=numbers, target=numbers, losses=losses, return_outputs=False)
         self.inputs = ()
         return sum((each.detach() for each in losses), torch.zeros((), device=self.device))
 
     @torch.no_grad()
     def predict(self, inputs: Inputs) -> Tensor:
-        """The model's output, on every rank of the pipeline, without gradients.
-
-        Raises:
-            PeerLost: another rank is gone or hung.
-        """
+        """The model's output, on every rank of the pipeline, without gradients."""
         like, output_like = self.shapes(inputs)
         output: Any = None
-        with self._neighbours_alive():
-            for number, part in zip(self.numbers, self.parts, strict=True):
-                state = None
-                if number > 0:
-                    state = tuple(torch.empty_like(s, device=self.device) for s in like)
-                    for s in state:
-                        dist.recv(s, group=self.group, group_src=(number - 1) % self.size)
-                output = part(**inputs, state=state)
-                if number < self.last:
-                    for s in output:
-                        dist.send(s.contiguous(), group=self.group, group_dst=(number + 1) % self.size)
-            if self.rank == self.size - 1:
-                output = output.contiguous()
-            else:
-                output = torch.empty_like(output_like, device=self.device)
-            dist.broadcast(output, group=self.group, group_src=self.size - 1)
+        for number, part in zip(self.numbers, self.parts, strict=True):
+            state = None
+            if number > 0:
+                state = tuple(torch.empty_like(s, device=self.device) for s in like)
+                for s in state:
+                    dist.recv(s, group=self.group, group_src=(number - 1) % self.size)
+            output = part(**inputs, state=state)
+            if number < self.last:
+                for s in output:
+                    dist.send(s.contiguous(), group=self.group, group_dst=(number + 1) % self.size)
+        if self.rank == self.size - 1:
+            output = output.contiguous()
+        else:
+            output = torch.empty_like(output_like, device=self.device)
+        dist.broadcast(output, group=self.group, group_src=self.size - 1)
         return output
 
     def shapes(self, inputs: Inputs) -> tuple[tuple[Tensor, ...], Tensor]:
@@ -196,27 +185,6 @@ class Pipeline:
             else:  # HSDP: replicas exchange what was summed within each
                 part.set_requires_all_reduce(is_last)
 
-    @contextmanager
-    def _neighbours_alive(self) -> Iterator[None]:
-        """Turn the failure of communication inside into PeerLost."""
-        try:
-            yield
-        except RuntimeError as error:
-            if not _is_of_communication(error):
-                raise
-            ranks = dist.get_process_group_ranks(self.group)
-            place = ", ".join(
-                f"stage {number} on rank {ranks[number % self.size]}"
-                for mine in self.numbers
-                for number in (mine - 1, mine + 1)
-                if 0 <= number <= self.last
-            )
-            mine = " and ".join(str(number) for number in self.numbers)
-            raise PeerLost(
-                f"Another rank is gone or hung; noticed by stage {mine} of {self.last + 1}, whose neighbours "
-                f"are {place}: {error}"
-            ) from error
-
 
 def contiguous_copy(x: Tensor) -> Tensor:
     return x.clone(memory_format=torch.contiguous_format)
@@ -247,16 +215,3 @@ class _Boundary(torch.autograd.Function):
         if ctx.before_backward is not None:
             ctx.before_backward()
         return None, *(gradient.contiguous() for gradient in gradients)
-
-
-def _is_of_communication(error: BaseException) -> bool:
-    """Whether `error`, or what caused it, was raised by the backend of torch.distributed."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    if type(error) is not RuntimeError and not isinstance(error, dist.DistError):
-        return False
-    trace = error.__traceback__
-    assert trace is not None
-    while trace.tb_next is not None:
-        trace = trace.tb_next
-    return trace.tb_frame.f_globals["__name__"].startswith("torch.distributed.")

@@ -18,6 +18,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from flux_trainer.runtime import peers
+
 T = TypeVar("T")
 
 # Public from torch 2.15 on.
@@ -40,12 +42,18 @@ class PeerLost(RuntimeError):
     """A collective failed: another rank is gone or hung. Leave without saving, the state may be torn."""
 
 
-def tells_of_lost_peer(error: RuntimeError) -> bool:
-    """Whether an error is that of a peer gone or hung, though it comes from a collective of FSDP or autograd.
+def tells_of_lost_peer(error: BaseException) -> bool:
+    """Whether an error, or what caused it, is that of a peer gone or hung.
 
-    Told by its text, for torch has no class of its own for it.
+    Where it comes from a collective of FSDP, autograd or a pipeline, it is told by its text, for torch has no
+    class of its own for it.
     """
-    return bool(_PEER_GONE.search(str(error)))
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, PeerLost) or (isinstance(cause, RuntimeError) and _PEER_GONE.search(str(cause))):
+            return True
+        cause = cause.__cause__
+    return False
 
 
 @dataclass(frozen=True)
@@ -71,7 +79,8 @@ class World:
     def set_timeout(self, seconds: float) -> None:
         """Set the patience of all groups but the checkpoint's, once every rank has come here.
 
-        For after the first step, which compiles and connects and so takes far longer than later ones.
+        Once for the first step, which compiles and connects and so takes far longer than later ones, and once
+        after it. torch has a patience of its own for groups that were made without one.
         """
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
@@ -85,6 +94,7 @@ class World:
         """End the process group together; not after an error, for a peer may be gone."""
         with peers_alive("leaving"):
             dist.barrier(group=self.control)  # without it, a rank that leaves early can abort the others
+        peers.leave()
         dist.destroy_process_group()
 
 
@@ -98,6 +108,7 @@ def init_distributed(timeout_seconds: float = 300) -> World:
 
     Raises:
         ValueError: more ranks were started on this machine than it has GPUs.
+        PeerLost: another rank has not come, or cannot be reached.
     """
     rank, local_rank, size = (
         int(os.environ.get(name, default))
@@ -120,14 +131,30 @@ def init_distributed(timeout_seconds: float = 300) -> World:
         else:  # the store lies in this process: no port, no environment
             store = dist.HashStore()  # type: ignore[attr-defined]
             dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
+    control = dist.new_group(backend="gloo", timeout=timeout)
+    if size > 1:
+        _watch_peers(rank, control, timeout_seconds)
     return World(
         rank=rank,
         local_rank=local_rank,
         size=size,
         device=device,
-        control=dist.new_group(backend="gloo", timeout=timeout),
+        control=control,
         checkpoint=dist.new_group(backend="gloo", timeout=_CHECKPOINT_TIMEOUT),
     )
+
+
+def _watch_peers(rank: int, control: dist.ProcessGroup, timeout: float) -> None:
+    """Start this rank's watcher, together with all others."""
+    door = peers.Door()
+    try:
+        peers.watch(rank, door, all_gather(door.address, control), timeout)
+    except OSError as error:
+        raise PeerLost(
+            f"The watchers of ranks {rank - 1} to {rank + 1} cannot reach each other by TCP at ports of the "
+            f"kernel's choice ({error}). Open the firewall between the machines, or look whether "
+            f"{door.address.host} is the name or address of {door.address.machine} for all of them."
+        ) from error
 
 
 def all_gather(value: T, group: dist.ProcessGroup | None) -> list[T]:

@@ -147,6 +147,8 @@ def _call(
         function, args = _unpack(packed)
         function(*args)
         return
+    from flux_trainer.runtime import peers
+
     assert group is not None
     rank, world_size, store, timeout, barrier = group
     try:
@@ -167,5 +169,6 @@ def _call(
         answer = (True, traceback.format_exc())
     sender.send_bytes(pickle.dumps(answer))
     sender.close()
+    peers.leave()
     if not barrier or answer[0]:
         os._exit(int(answer[0]))  # a process group whose peers are gone cannot be taken down in order

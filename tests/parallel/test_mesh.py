@@ -1,15 +1,17 @@
 """Who works with whom on a mesh, against a brute-force listing of coordinates."""
 
+import time
 from itertools import product
 from math import prod
 
 import pytest
+import torch
 import torch.distributed as dist
 from helpers.ranks import run_ranks
 
 from flux_trainer.config.schema import Parallelism
 from flux_trainer.parallel.arithmetic import degrees
-from flux_trainer.parallel.mesh import DIMENSIONS, build_mesh
+from flux_trainer.parallel.mesh import DIMENSIONS, Mesh, build_mesh
 
 SIZES = {"pp": 2, "dp_replicate": 1, "dp_shard": 2, "cp": 1, "tp": 2}
 
@@ -96,3 +98,34 @@ def test_the_rest_of_the_ranks_shards():
 def test_a_mesh_that_does_not_fit_is_refused_with_the_arithmetic(sizes, world, arithmetic):
     with pytest.raises(ValueError, match=arithmetic):
         degrees(section(SIZES | sizes), world)
+
+
+def patience() -> float:
+    """Seconds until a receive from the next stage of a pipeline fails."""
+    mesh = build_mesh(section(SIZES | {"tp": 1}), dist.get_world_size(), "cpu", timeout_seconds=1)
+    began = time.monotonic()
+    if mesh.coordinates["pp"] == 0:
+        with pytest.raises(RuntimeError, match="Timed out"):
+            dist.recv(torch.ones(1), group=mesh.pp, group_src=1)
+    else:
+        time.sleep(2)
+    return time.monotonic() - began
+
+
+@pytest.mark.distributed
+def test_neighbours_of_a_pipeline_have_the_patience_they_are_given():
+    assert all(0.9 < seconds < 2.5 for seconds in run_ranks(4, patience)[:2])
+
+
+@pytest.mark.parametrize(
+    ("sizes", "place", "stages", "words"),
+    [
+        ({}, {"pp": 1, "dp_shard": 0, "tp": 1}, 1, "stage 1 of 2, dp_shard 0, tp 1"),
+        ({"pp": 2, "tp": 1}, {"pp": 1, "dp_shard": 1}, 2, "stage 1 and 3 of 4, dp_shard 1"),
+        ({"pp": 1, "dp_replicate": 3}, {"dp_replicate": 2}, 1, "dp_replicate 2, dp_shard 0, tp 0"),
+    ],
+)
+def test_a_place_in_words(sizes, place, stages, words):
+    coordinates = dict.fromkeys(DIMENSIONS, 0) | place
+    mesh = Mesh(SIZES | sizes, coordinates, fsdp=None, model=None, cp=None, tp=None, pp=None, shared=None)
+    assert mesh.place(stages) == words

@@ -46,9 +46,9 @@ def ranks_of(launcher: int) -> list[int]:
     return [int(line) for line in found.stdout.split()]
 
 
-def start_two_ranks(folder: Path) -> subprocess.Popen:
+def start_two_ranks(folder: Path, *flags: str) -> subprocess.Popen:
     """An endless run of two ranks that has made its first steps."""
-    run = start(folder, "--training.steps=100000", ranks=2)
+    run = start(folder, "--training.steps=100000", *flags, ranks=2)
     deadline = time.monotonic() + 200
     while len(lines(folder)) < 3 and time.monotonic() < deadline:
         assert run.poll() is None, run.stdout.read()
@@ -77,16 +77,20 @@ def test_a_signal_to_one_rank_saves_and_stops_all_and_the_run_goes_on(tmp_path, 
 
 @pytest.mark.slow
 @pytest.mark.distributed
-def test_when_a_rank_is_killed_the_other_says_so_and_ends_without_saving(tmp_path):
-    run = start_two_ranks(tmp_path)
+@pytest.mark.parametrize(
+    ("number", "seconds", "how"),
+    [(signal.SIGKILL, 10, "is gone: its process died"), (signal.SIGSTOP, 4 + 10, "stands still")],
+    ids=("killed", "stopped"),
+)
+def test_a_lost_rank_is_named_by_the_other_and_the_job_ends_without_saving(tmp_path, number, seconds, how):
+    """Though torchrun would wait for ten minutes until it kills."""
+    run = start_two_ranks(tmp_path, "--comm.train_timeout_seconds=4")
     began = time.monotonic()
-    os.kill(ranks_of(run.pid)[1], signal.SIGKILL)
+    os.kill(ranks_of(run.pid)[1], number)
     output, _ = run.communicate(timeout=120)
-    assert time.monotonic() - began < 30, (
-        "torchrun looks at its ranks now and then; nobody waits for a timeout"
-    )
+    assert time.monotonic() - began < seconds
     assert run.returncode != 0
-    assert "Another rank is gone or hung" in output
+    assert f"Rank 1 (dp_shard 1; machine {socket.gethostname()}) {how}" in output
     assert "Stopped by a signal" not in output
     assert list((tmp_path / "checkpoint").iterdir()) == []
 

@@ -2,14 +2,18 @@
 
 import copy
 import math
+import multiprocessing
 import os
+import re
 import signal
+import socket
 import time
+from datetime import timedelta
 
 import pytest
 import torch
 from helpers.ranks import run_ranks
-from helpers.tiny_run import TinyTrainer, lines, tiny_config
+from helpers.tiny_run import TinyTrainer, lines, tiny_config, write_assets
 from PIL import Image
 
 from flux_trainer.data.bad import DataError
@@ -103,38 +107,131 @@ def test_a_checkpoint_written_between_too_many_skips_and_their_line_can_go_on(tm
     assert again.step == 5
 
 
-class Dying(TinyTrainer):
-    """Rank 1 is killed in its third step, within the backward pass."""
+class Ending(TinyTrainer):
+    """Rank 1 comes to grief in its third step (or its first), within the backward pass."""
+
+    how = ""
 
     def loss(self, output, micro_batch):
         loss = super().loss(output, micro_batch)
-        if self.world.rank == 1 and self.step == 2:
-            loss.register_hook(lambda gradient: os.kill(os.getpid(), signal.SIGKILL))
+        if self.world.rank == 1 and self.step == (0 if self.how == "stopped at first" else 2):
+            loss.register_hook(self.come_to_grief)
         return loss
 
+    def come_to_grief(self, gradient):
+        (self.dump_folder / "end").touch()
+        if self.how == "an error":
+            raise ValueError("This is too hard.")
+        os.kill(os.getpid(), signal.SIGKILL if self.how == "killed" else signal.SIGSTOP)
 
-def train_until_death(folder) -> tuple[int, str, float]:
-    """Exit status, last words, and seconds since the last step."""
+
+def train_until_end(folder, how, *flags) -> None:
+    """Standard error and exit status go to files."""
     from unittest import mock
 
     from flux_trainer import train
-    from flux_trainer.runtime.log import logger
+    from flux_trainer.runtime.log import init_logger
 
-    words = []
-    with (
-        mock.patch("flux_trainer.flux.FluxTrainer", Dying),
-        mock.patch.object(logger, "error", words.append),
-    ):
-        status = train.train(tiny_config(folder, "--training.steps=100", "--checkpoint.enable"))
-    return status, words[-1], time.time() - (folder / "run/metrics.jsonl").stat().st_mtime
+    rank = os.environ["RANK"]
+    multiprocessing.current_process()._config["daemon"] = False  # it may start data workers
+    if "--comm.init_timeout_seconds" in " ".join(flags):  # with a default group of its own
+        torch.distributed.destroy_process_group()
+        meet = {
+            "init_method": f"file://{folder}/meet",
+            "rank": int(rank),
+            "world_size": int(os.environ["WORLD_SIZE"]),
+        }
+        torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=6), **meet)
+    with (folder / f"words{rank}").open("w") as words:
+        os.dup2(words.fileno(), 2)
+    init_logger(int(rank))
+    Ending.how = how
+    flags = ("--checkpoint.enable", "--checkpoint.interval=100", *flags)
+    with mock.patch("flux_trainer.flux.FluxTrainer", Ending):
+        status = train.train(tiny_config(folder, *flags))
+    (folder / f"status{rank}").write_text(str(status))
+
+
+def run_until_end(folder, ranks, how, *flags) -> tuple[float, list[str]]:
+    """Seconds from rank 1's grief to the end of all ranks, and what each has said."""
+    write_assets(folder)
+    run_ranks(ranks, train_until_end, folder, how, *flags, lost=range(ranks), timeout=60)
+    seconds = time.time() - (folder / "run/end").stat().st_mtime
+    return seconds, [(folder / f"words{rank}").read_text() for rank in range(ranks)]
+
+
+MESHES = {
+    "fsdp2": (2, "dp_shard 1", []),
+    "cp2": (2, "cp 1", ["context_parallel_degree=2", "context_parallel_method=ring"]),
+    "pp2": (2, "stage 1 of 2", ["pipeline_parallel_degree=2"]),
+    "tp2": (2, "tp 1", ["tensor_parallel_degree=2"]),
+    "hsdp 2x2": (4, "dp_replicate 0, dp_shard 1", ["data_parallel_replicate_degree=2"]),
+}
+
+
+def flags_of(mesh: str) -> list[str]:
+    micro = ["--training.local_batch_size=2"]
+    return micro + [f"--parallelism.{flag}" for flag in MESHES[mesh][2]]
 
 
 @pytest.mark.distributed
-def test_the_survivor_of_a_killed_rank_says_so_and_ends_without_saving(tmp_path):
-    """It notices in the middle of a step, where FSDP waits for gradients."""
-    status, words, seconds = run_ranks(2, train_until_death, tmp_path, lost={1}, timeout=60)[0]
-    assert status == 1
-    assert words.startswith("Another rank is gone or hung; noticed in the middle of a step: ")
-    assert seconds < 15, "it does not wait for a timeout"
+@pytest.mark.parametrize(
+    "mesh", [m if m in ("fsdp2", "cp2", "pp2") else pytest.param(m, marks=pytest.mark.slow) for m in MESHES]
+)
+def test_a_killed_rank_is_named_and_ends_all_without_saving(tmp_path, mesh):
+    ranks, place, _ = MESHES[mesh]
+    seconds, words = run_until_end(tmp_path, ranks, "killed", *flags_of(mesh))
+    assert seconds < 8
+    for rank, said in enumerate(words):
+        assert f"Rank 1 ({place}; machine {socket.gethostname()}) is gone: its process died" in said
+        assert set(re.findall(r"Rank (\d+) \(", said)) == {"1"}, "nobody else is blamed"
+        if rank != 1:
+            assert "This one ends without saving. It noticed by: " in said
+            assert (tmp_path / f"status{rank}").read_text() == "1"
     assert len(lines(tmp_path / "run")) == 2
     assert list((tmp_path / "run/checkpoint").iterdir()) == []
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_data_workers_of_a_killed_rank_do_not_delay_the_end(tmp_path):
+    """They hold its connections open, so the other rank notices nothing by itself."""
+    seconds, words = run_until_end(tmp_path, 2, "killed", "--data.num_workers=2")
+    assert seconds < 8
+    assert "Rank 1 (dp_shard 1" in words[0]
+    assert list((tmp_path / "run/checkpoint").iterdir()) == []
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(
+    ("mesh", "how"),
+    [
+        ("fsdp2", "stopped"),
+        pytest.param("cp2", "stopped", marks=pytest.mark.slow),
+        pytest.param("pp2", "stopped", marks=pytest.mark.slow),
+        pytest.param("hsdp 2x2", "stopped at first", marks=pytest.mark.slow),
+    ],
+)
+def test_a_rank_that_stands_still_is_named_and_ends_all_after_the_timeout(tmp_path, mesh, how):
+    ranks, place, _ = MESHES[mesh]
+    flags = [*flags_of(mesh), "--comm.train_timeout_seconds=1"]
+    # gloo's sends and receives keep the patience of the beginning
+    beginning = mesh == "pp2" or how == "stopped at first"
+    if beginning:
+        flags += ["--comm.init_timeout_seconds=6"]
+    seconds, words = run_until_end(tmp_path, ranks, how, *flags)
+    assert 1 < seconds < (15 if beginning else 10)
+    assert f"Rank 1 ({place}; machine {socket.gethostname()}) stands still" in words[0]
+    assert set(re.findall(r"Rank (\d+) \(", "".join(words))) == {"1"}, "nobody else is blamed"
+    assert (tmp_path / "status0").read_text() == "1"
+    assert list((tmp_path / "run/checkpoint").iterdir()) == []
+
+
+@pytest.mark.distributed
+def test_the_error_of_a_rank_is_told_to_the_others(tmp_path):
+    seconds, words = run_until_end(tmp_path, 2, "an error")
+    assert seconds < 8
+    sentence = f"Rank 1 (dp_shard 1; machine {socket.gethostname()}) failed: This is too hard."
+    assert sentence in words[0]
+    assert "ERROR    [rank 1] This is too hard." in words[1]
+    assert "Rank 0" not in words[0] + words[1]
