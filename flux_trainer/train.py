@@ -50,16 +50,16 @@ def train(config: JobConfig) -> int:
 
     try:
         run()
-    except (ValueError, FileNotFoundError, CheckpointError) as error:
-        peers.failed(str(error))
-        logger.error(str(error))
-        return 1
     except BaseException as error:
-        if not tells_of_lost_peer(error):
+        if tells_of_lost_peer(error):
+            who = peers.lost() or "Another rank is gone or hung."
+            logger.error(f"{who} This one ends without saving. It noticed by: {error}")
+        elif isinstance(error, (ValueError, FileNotFoundError, CheckpointError)):
+            peers.failed(str(error))
+            logger.error(str(error))
+        else:
             peers.failed(f"{type(error).__name__}: {error}")
             raise
-        who = peers.lost() or "Another rank is gone or hung."
-        logger.error(f"{who} This one ends without saving. It noticed by: {error}")
         return 1
     return 0
 

@@ -151,9 +151,9 @@ def _watch_peers(rank: int, control: dist.ProcessGroup, timeout: float) -> None:
         peers.watch(rank, door, all_gather(door.address, control), timeout)
     except OSError as error:
         raise PeerLost(
-            f"The watchers of ranks {rank - 1} to {rank + 1} cannot reach each other by TCP at ports of the "
+            f"The watcher of rank {rank} cannot reach its neighbours, or they it, by TCP at ports of the "
             f"kernel's choice ({error}). Open the firewall between the machines, or look whether "
-            f"{door.address.host} is the name or address of {door.address.machine} for all of them."
+            f"{door.address.host} means {door.address.machine} on all of them."
         ) from error
 
 

@@ -3,6 +3,7 @@
 import ctypes
 import os
 import re
+import select
 import signal
 import subprocess
 import sys
@@ -90,6 +91,7 @@ def test_a_rank_that_does_not_notice_is_killed_and_its_watcher_speaks_for_it(tmp
     assert GRACE < time.time() - (tmp_path / "end").stat().st_mtime < GRACE + 2
     said = words(tmp_path, 0)
     assert re.search(r"Rank 1 \(place 1; machine .*\) is gone: .* This one has not noticed in 3 s", said)
+    assert named(said) == {1}
 
 
 def wait_in_vain(folder: Path) -> tuple[float, str | None]:
@@ -137,19 +139,19 @@ def test_a_lost_machine_is_noticed_by_its_neighbours(tmp_path):
         assert re.match(r"Rank 1 \(place 1; machine .*\) is gone: its machine does not answer", who)
 
 
-def leave_one_after_another(folder: Path) -> int:
-    """The exit status of the watcher."""
+def leave_one_after_another(folder: Path) -> tuple[int, list]:
+    """The exit status of the watcher, and what it had to say."""
     world = enter(folder)
     watcher = peers._process
-    time.sleep(0.3 * world.rank)
+    time.sleep(0.4 * world.rank)
+    told = select.select([peers._line.connection], [], [], 0)[0]
     peers.leave()
     peers.leave()
-    time.sleep(1)
-    return watcher.returncode
+    return watcher.returncode, told
 
 
 def test_an_orderly_end_is_no_death(tmp_path):
-    assert run_ranks(3, leave_one_after_another, tmp_path) == [0, 0, 0]
+    assert run_ranks(3, leave_one_after_another, tmp_path) == [(0, []), (0, []), (0, [])]
     for rank in range(3):
         assert words(tmp_path, rank) == ""
 

@@ -122,7 +122,8 @@ class Ending(TinyTrainer):
         (self.dump_folder / "end").touch()
         if self.how == "an error":
             raise ValueError("This is too hard.")
-        os.kill(os.getpid(), signal.SIGKILL if self.how == "killed" else signal.SIGSTOP)
+        if self.how != "not at all":
+            os.kill(os.getpid(), signal.SIGKILL if self.how == "killed" else signal.SIGSTOP)
 
 
 def train_until_end(folder, how, *flags) -> None:
@@ -235,3 +236,12 @@ def test_the_error_of_a_rank_is_told_to_the_others(tmp_path):
     assert sentence in words[0]
     assert "ERROR    [rank 1] This is too hard." in words[1]
     assert "Rank 0" not in words[0] + words[1]
+
+
+@pytest.mark.distributed
+def test_a_run_without_grief_speaks_of_none(tmp_path):
+    _, words = run_until_end(tmp_path, 2, "not at all")
+    assert "Training completed: step 6 of 6" in words[0]
+    assert not any("ERROR" in said or "Rank" in said for said in words)
+    assert [(tmp_path / f"status{rank}").read_text() for rank in range(2)] == ["0", "0"]
+    assert (tmp_path / "run/checkpoint/step-6").is_dir()
