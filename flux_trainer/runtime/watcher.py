@@ -18,7 +18,7 @@ What travels, as lines of JSON:
     waited  a rank has given up waiting for another. Goes round the ring; who does not react stands still
     failed  a rank to its watcher: it ends by an error of its own
 
-No torch is imported here: a watcher starts in a few hundredths of a second and takes 10 MB.
+No torch is imported here: a watcher starts in a few hundredths of a second and takes 13 MB.
 """
 
 from __future__ import annotations
