@@ -29,6 +29,8 @@ from flux_trainer.models import registry
 from flux_trainer.models.configs import Flux1Config
 from flux_trainer.parallel.apply import Parallel, parallelize
 from flux_trainer.parallel.mesh import DataGroup, Mesh, build_mesh, data_group
+from flux_trainer.parallel.stages import STAGES_PER_RANK
+from flux_trainer.runtime import peers
 from flux_trainer.runtime.dist import init_distributed, set_deterministic
 from flux_trainer.runtime.layout import Layouts
 from flux_trainer.runtime.log import logger
@@ -46,7 +48,8 @@ def draw_pictures(order: Order, config: JobConfig) -> None:
     """
     set_deterministic(config.debug.seed, config.debug.deterministic)
     world = init_distributed(config.comm.init_timeout_seconds)
-    mesh = build_mesh(config.parallelism, world.size, world.device.type)
+    mesh = build_mesh(config.parallelism, world.size, world.device.type, config.comm.init_timeout_seconds)
+    peers.introduce(mesh.place(STAGES_PER_RANK[config.parallelism.pipeline_parallel_schedule]))
     group = data_group(mesh, world)
     model = registry.FLAVORS[config.model.flavor]
     requests = [_with_guidance(r, model, config.flow.guidance) for r in order.requests]

@@ -33,35 +33,17 @@ def main() -> int:
 
 
 def train(config: JobConfig) -> int:
-    """Train; what a person can mend becomes a sentence. torchrun learns of every error, from any rank."""
+    """Train as `config` says; returns the exit status."""
     # These import torch: not before the settings are known to be good.
-    from torch.distributed.elastic.multiprocessing.errors import record
-
-    from flux_trainer.checkpoint.errors import CheckpointError
     from flux_trainer.flux import FluxTrainer
-    from flux_trainer.runtime import peers
-    from flux_trainer.runtime.dist import tells_of_lost_peer
+    from flux_trainer.outcome import exit_status
 
-    @record
     def run() -> None:
         trainer = FluxTrainer(config)
         trainer.train()
         trainer.close()
 
-    try:
-        run()
-    except BaseException as error:
-        if tells_of_lost_peer(error):
-            who = peers.lost() or "Another rank is gone or hung."
-            logger.error(f"{who} This one ends without saving. It noticed by: {error}")
-        elif isinstance(error, (ValueError, FileNotFoundError, CheckpointError)):
-            peers.failed(str(error))
-            logger.error(str(error))
-        else:
-            peers.failed(f"{type(error).__name__}: {error}")
-            raise
-        return 1
-    return 0
+    return exit_status(run)
 
 
 if __name__ == "__main__":

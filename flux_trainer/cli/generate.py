@@ -63,7 +63,12 @@ def main(argv: Sequence[str]) -> int:
     init_logger(rank, colour=not config.metrics.disable_color_printing)
     for notice in notices:
         logger.info(f"note: {notice}")
-    return generate(order, config)
+
+    # These import torch: not before everything is known to be good.
+    from flux_trainer.generate import draw_pictures
+    from flux_trainer.outcome import exit_status
+
+    return exit_status(lambda: draw_pictures(order, config))
 
 
 def plan(argv: Sequence[str], world_size: int) -> tuple[Order, JobConfig, list[str]]:
@@ -123,23 +128,3 @@ def _check_files(order: Order, overwrite: bool) -> None:
         more = f" and {len(there) - 1} more" if len(there) > 1 else ""
         remedy = "take another --seed or --out, or set --inference.overwrite"
         raise ConfigError([f"{there[0]}{more} would be replaced: {remedy}"])
-
-
-def generate(order: Order, config: JobConfig) -> int:
-    """Draw; what a person can mend becomes a sentence. torchrun learns of every error, from any rank."""
-    from torch.distributed.elastic.multiprocessing.errors import record
-
-    from flux_trainer.checkpoint.errors import CheckpointError
-    from flux_trainer.generate import draw_pictures
-    from flux_trainer.runtime.dist import PeerLost
-
-    @record
-    def run() -> None:
-        draw_pictures(order, config)
-
-    try:
-        run()
-    except (ValueError, OSError, CheckpointError, PeerLost) as error:
-        logger.error(str(error))
-        return 1
-    return 0
