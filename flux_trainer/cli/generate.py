@@ -29,7 +29,7 @@ Draws each PROMPT (-: each line of standard input) and writes PNG files with the
   WEIGHTS     a run's folder (its newest checkpoint), a checkpoint (step-N), a .safetensors file with
               Black Forest Labs' names, or a diffusers folder
 The text encoders and the autoencoder are the run's, or lie beside the weights under their published names, or
-are named by [encoder] in --job.config_file FILE or by flags.
+are named by [encoder] in --job.config_file FILE or by flags. The dtype is training.mixed_precision_param.
 
 """
 
@@ -42,9 +42,10 @@ ALIASES = {
     "--cfg": "cfg_scale",
     "--negative": "negative_prompt",
     "--batch": "local_batch_size",
-    "--n": "images_per_prompt",
+    "--count": "images_per_prompt",
 }
-"""Short flag -> key of [inference]. A folder given as --out is relative to where one is."""
+"""Short flag -> key of [inference]. A folder given as --out is relative to where one is. None may be the
+beginning of a flag of torchrun, which would stop at it."""
 
 
 def main(argv: Sequence[str]) -> int:

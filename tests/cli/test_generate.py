@@ -63,7 +63,8 @@ def run(tmp_path_factory) -> tuple[Path, list[np.ndarray]]:
 def one_process(run) -> Path:
     """Three prompts in two sizes, all of a size in one batch."""
     out = run[0] / "one"
-    run_ranks(1, generate, run[0], *PROMPTS, "--out", str(out), "--size", "16,32x16", "--n", "2", "--batch=8")
+    words = ["--out", str(out), "--size", "16,32x16", "--count", "2", "--batch=8"]
+    run_ranks(1, generate, run[0], *PROMPTS, *words)
     return out
 
 
@@ -135,7 +136,7 @@ MESHES = {
 def test_a_picture_depends_neither_on_batch_nor_on_mesh(run, one_process, tmp_path, mesh):
     """In float64; three prompts do not divide among two groups."""
     ranks, flags = MESHES[mesh]
-    words = ["--out", str(tmp_path), "--size", "16,32x16", "--n=2", "--batch=2"]
+    words = ["--out", str(tmp_path), "--size", "16,32x16", "--count=2", "--batch=2"]
     run_ranks(ranks, generate, run[0], *PROMPTS, *words, *flags)
     got, want = pictures(tmp_path), pictures(one_process)
     assert got.keys() == want.keys()
@@ -213,7 +214,7 @@ def test_short_flags_and_where_pictures_go(run, tmp_path, monkeypatch):
         "--cfg": "2",
         "--negative": "ugly, blurred",
         "--batch": "9",
-        "--n": "1",
+        "--count": "1",
     }
     assert words.keys() == ALIASES.keys()
     for argv in ([w for pair in words.items() for w in pair], [f"{k}={v}" for k, v in words.items()]):
@@ -226,6 +227,14 @@ def test_short_flags_and_where_pictures_go(run, tmp_path, monkeypatch):
     assert order.paths == [folder / "inference_results/001_a_16x16_seed0.png"]
     order, _, _ = plan([str(folder / "checkpoint/step-2"), "a"], 1)
     assert order.paths == [folder / "inference_results/001_a_16x16_seed0.png"]
+
+
+def test_torchrun_hands_the_short_flags_on():
+    from torch.distributed.run import get_args_parser
+
+    words = [word for flag in ALIASES for word in (flag, "1")]
+    arguments = get_args_parser().parse_args(["-m", "flux_trainer", "generate", "run", *words])
+    assert arguments.training_script_args == ["generate", "run", *words]
 
 
 REFUSALS = {

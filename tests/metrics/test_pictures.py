@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from PIL import ImageFont
 
-from flux_trainer.metrics.pictures import FONT_SIZE, MARGIN, MIN_SIDE, grid, wrap
+from flux_trainer.metrics.pictures import FONT_SIZE, MARGIN, MIN_SIDE, grid, thumbnail, wrap
 
 
 def colours(n: int, side: int = 16) -> torch.Tensor:
@@ -36,6 +36,27 @@ def test_places_and_sizes():
 
 def test_large_images_keep_their_size():
     assert grid(colours(1, 200), [""]).width == 200 + 2 * MARGIN
+
+
+def test_pictures_of_different_sizes_share_cells_of_the_largest():
+    wide, high = torch.full((3, 96, 200), 50), torch.full((3, 176, 80), 90)
+    sheet = grid([wide.byte(), high.byte()], ["a", "b"], columns=2)
+    assert sheet.width == 2 * 200 + 3 * MARGIN
+    pixels = np.asarray(sheet)
+    bottom = MARGIN + 176 - 1
+    assert pixels[bottom, MARGIN + 199].tolist() == [50] * 3
+    assert pixels[bottom - 96, MARGIN].tolist() == [255] * 3  # above the wide one
+    left = 2 * MARGIN + 200
+    assert pixels[MARGIN, left + 79].tolist() == [90] * 3
+    assert pixels[MARGIN, left + 80].tolist() == [255] * 3
+
+
+def test_thumbnails_are_means_of_squares():
+    picture = torch.arange(3 * 4 * 6, dtype=torch.uint8).reshape(3, 4, 6)
+    assert torch.equal(thumbnail(picture, 6), picture)
+    small = thumbnail(picture, 5)
+    assert small.shape == (3, 2, 3)
+    assert small[0, 0, 0] == round((0 + 1 + 6 + 7) / 4)
 
 
 def test_default_columns_make_it_about_square():
