@@ -23,6 +23,8 @@ from flux_trainer.config.toml import to_toml
 from flux_trainer.data.bad import BadSamples
 from flux_trainer.data.loader import TrainLoader
 from flux_trainer.data.samples import Batch
+from flux_trainer.hub.load import load_weights
+from flux_trainer.hub.weights import note
 from flux_trainer.metrics.console import duration, training_line
 from flux_trainer.metrics.memory import memory_readings
 from flux_trainer.metrics.meter import Meter
@@ -83,6 +85,7 @@ class Trainer(ABC):
         # The model: on the meta device, then sharded, and only then given memory.
         with torch.device("meta"), default_dtype(getattr(torch, training.dtype)):
             model, distributions = self.build_model()
+        self.architecture = model.config
         size = sum(p.numel() for p in model.parameters())
         self.parallel = parallelize(
             model,
@@ -336,7 +339,12 @@ class Trainer(ABC):
         """Write a checkpoint of this step; `wait`: until it is on disk."""
         if self.config.checkpoint.enable:
             with self.meter.pause():
-                state = {"step": self.step, "samples_seen": self.samples_seen, "identity": self.identity()}
+                state = {
+                    "step": self.step,
+                    "samples_seen": self.samples_seen,
+                    "identity": self.identity(),
+                    "model": note(self.architecture),
+                }
                 self.checkpoints.save(self.step, self.tensors(), state)
                 if wait:
                     self.checkpoints.wait()
@@ -351,10 +359,14 @@ class Trainer(ABC):
             logger.info(f"Resumed from step {self.step}")
             return
         if section.initial_load_path:
-            self.checkpoints.load_weights(
-                section.initial_load_path, {n: p.detach() for n, p in self.parameters.items()}
+            what = load_weights(
+                section.initial_load_path,
+                {n: p.detach() for n, p in self.parameters.items()},
+                self.world.checkpoint,
+                self.layouts,
+                config=self.architecture,
             )
-            logger.info(f"Started from the weights in {section.initial_load_path}")
+            logger.info(f"Started from weights: {what}")
         else:
             for part in self.parallel.parts:
                 init_weights(part, distributions, self.config.debug.seed, self.layouts)

@@ -20,7 +20,8 @@ from flux_trainer.runtime.log import logger
 
 STATE = "state.json"
 
-_NOT_MODEL = ("optimizer.", "ema.", "guard.")
+NOT_MODEL = ("optimizer.", "ema.", "guard.")
+"""Names of a checkpoint that begin so are no parameters of the model."""
 
 
 def verify(path: Path, group: dist.ProcessGroup | None = None) -> None:
@@ -103,16 +104,23 @@ def load_model(
     tensors: Tensors,
     group: dist.ProcessGroup | None = None,
     layouts: Layouts = WHOLE,
+    *,
+    ema: bool = False,
 ) -> None:
-    """Fill a model's parameters, given by native name, from any verified run's folder; dtypes are cast.
+    """Fill a model's parameters, given by native name, from any run's folder; dtypes are cast.
 
-    Together, the ranks of `group` have all parameters; each gives those that it holds.
+    Together, the ranks of `group` have all parameters; each gives those that it holds. `ema`: from the run's
+    moving average of them.
 
     Raises:
         CheckpointError: the folder is damaged, or holds another model.
     """
     verify(path, group)
-    names = on_first(group, lambda: [n for n in saved_dtypes(path) if not n.startswith(_NOT_MODEL)])
+    saved = on_first(group, lambda: saved_dtypes(path))
+    if ema:
+        tensors = {f"ema.{name}": tensor for name, tensor in tensors.items()}
+    names = [name for name in saved if name.startswith("ema.") == ema]
+    names = [name for name in names if ema or not name.startswith(NOT_MODEL)]
     strangers = on_no_rank(names, tensors, group)
     raise_if_any(path, [f"{name} is not in this model" for name in strangers])
     read_tensors(path, tensors, group, layouts)

@@ -18,7 +18,7 @@ from typing import Any
 
 from flux_trainer.checkpoint import commit
 from flux_trainer.checkpoint.errors import CheckpointError, DamagedError, on_first, together
-from flux_trainer.checkpoint.load import STATE, load_model, load_run, verify
+from flux_trainer.checkpoint.load import STATE, load_run, verify
 from flux_trainer.checkpoint.metadata import METADATA, read_metadata
 from flux_trainer.checkpoint.plan import Tensors
 from flux_trainer.checkpoint.tensors import HostCopies, total_bytes, write_tensors
@@ -228,12 +228,3 @@ class CheckpointManager:
                 f"step {newest}. They stay until overwritten, and without load_step the newest counts."
             )
         return state
-
-    def load_weights(self, path: str | Path, parameters: Tensors) -> None:
-        """Fill a model's parameters from another run's checkpoint, a `step-N` folder; dtypes are cast.
-
-        Raises:
-            CheckpointError: the folder is no checkpoint, is damaged, or holds another model.
-        """
-        self.wait()
-        load_model(Path(path), parameters, self.group, self.layouts)

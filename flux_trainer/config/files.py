@@ -80,8 +80,8 @@ def _folders(config: JobConfig) -> Iterator[Finding]:
     dump, section = Path(config.job.dump_folder), config.checkpoint
     if dump.exists() and not dump.is_dir():
         yield "job.dump_folder", "is a file; name a folder"
-    if section.initial_load_path and not os.path.isdir(section.initial_load_path):
-        yield "checkpoint.initial_load_path", _not_there(section.initial_load_path, "folder")
+    if section.initial_load_path and not os.path.exists(section.initial_load_path):
+        yield "checkpoint.initial_load_path", _not_there(section.initial_load_path, "file or folder")
     if (
         section.enable
         and section.load_step >= 0

@@ -222,7 +222,8 @@ class Checkpoint(Section):
     interval: PositiveInt = 500
     """Steps between saves. The last step is always saved."""
     initial_load_path: str = ""
-    """A checkpoint of this trainer (step-N) whose model weights start a run that has nothing to resume."""
+    """Weights that start a run which has nothing to resume: a checkpoint (step-N) of this trainer or of
+    torchtitan, a file of Black Forest Labs, a folder of diffusers. What it is, is found out."""
     keep_latest_k: NonNegativeInt = 10
     """Older checkpoints are deleted; 0: keep all."""
     load_step: int = -1

@@ -124,7 +124,7 @@ def load(folder: str, mesh: Mesh) -> None:
     }
     for tensor in weights.values():
         here(tensor).zero_()
-    manager.load_weights(f"{folder}/checkpoint/step-1", weights)
+    load_model(Path(folder) / "checkpoint/step-1", weights, manager.group, layouts)
     for name, tensor in weights.items():
         assert torch.equal(here(tensor), held(name, tensor, layouts)), name
     manager.close()

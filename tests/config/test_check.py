@@ -231,7 +231,11 @@ def test_what_depends_on_the_number_of_ranks(flags, world_size, line):
         (["--data.sources.0.path=pics"], "data.sources.0.path", ["no such folder"]),
         (["--data.sources.0.type=jsonl"], "data.sources.0.path", ["no such file but a folder is"]),
         (["--validation.prompts_path=p.txt"], "validation.prompts_path", ["no such file"]),
-        (["--checkpoint.initial_load_path=step-5"], "checkpoint.initial_load_path", ["no such folder"]),
+        (
+            ["--checkpoint.initial_load_path=step-5"],
+            "checkpoint.initial_load_path",
+            ["no such file or folder"],
+        ),
         (["--job.dump_folder=ae.safetensors"], "job.dump_folder", ["is a file; name a folder"]),
         (
             ["--checkpoint.enable", "--checkpoint.load_step=7", "--job.dump_folder=out"],

@@ -1,0 +1,51 @@
+"""Tensors that lie on disk, whatever the files: names, shapes and dtypes at once, values box by box."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor on disk."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+
+class Source(Protocol):
+    """An open set of tensors. Opening reads tables of contents only."""
+
+    path: Path
+    """What was opened, for messages."""
+    tensors: dict[str, Stored]
+    metadata: dict[str, str]
+    """Notes that the writer left in the file; none in most formats."""
+    bytes_read: int
+    """Of the boxes that were asked for so far."""
+
+    def read(self, name: str, offsets: Sequence[int], sizes: Sequence[int]) -> Tensor:
+        """The box of `sizes` elements from `offsets` on, on the CPU; it may share memory with the file."""
+        ...
+
+
+DTYPES: dict[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,  # a batch norm's counter
+}
+NAMES = {dtype: name for name, dtype in DTYPES.items()}

@@ -1,0 +1,261 @@
+"""Weights of one model, opened: which model it is, in whose names, and that every tensor is accounted for."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from flux_trainer.checkpoint.load import NOT_MODEL, STATE
+from flux_trainer.hub.dcp import DcpFolder
+from flux_trainer.hub.detect import Place, config_beside, locate
+from flux_trainer.hub.errors import WeightsError, grouped
+from flux_trainer.hub.families import FAMILIES, Component, Family, Shapes, family_of
+from flux_trainer.hub.safetensors_files import SafetensorsFiles
+from flux_trainer.hub.source import Source
+from flux_trainer.models import keys
+
+NOTE = "flux_trainer"
+"""Key of a safetensors file's metadata under which this trainer says which model it holds: JSON of `note`."""
+EMA = "ema."
+
+# What lies beside a model's parameters, and is none of them.
+_OF_A_RUN = ("optimizer", "lr_scheduler", "dataloader", "train_state")  # torchtitan's checkpoints
+_OF_A_PIPELINE = (  # files that hold all of a pipeline
+    "vae.", "first_stage_model.", "text_encoders.", "cond_stage_model.", "conditioner.", "text_encoder",
+    "model.diffusion_model.", "diffusion_model.", "logit_scale", "model_ema.",
+)  # fmt: skip
+
+_LIKE = 0.2  # a file whose modules have less than this in common with a model's is of something else
+
+
+@dataclass(frozen=True)
+class Weights:
+    """All parameters of one model on disk, by native name."""
+
+    place: Place
+    family: Family
+    config: Any
+    layout: keys.Layout
+    prefix: str
+    """What comes before each name in the file."""
+    entries: keys.Entries
+    source: Source
+    names: Mapping[str, str]
+    """The layout's name of a tensor -> the file's."""
+
+    def read(self, native: str, offsets: Sequence[int], sizes: Sequence[int]) -> Iterator[tuple[int, Tensor]]:
+        """A box of a native tensor, as (first row in the box, rows); it may share memory with the file."""
+        start, count = offsets[0], sizes[0]
+        entry = self.entries[native]
+        for run in entry.within(start, start + count):
+            there = (run.start, *offsets[1 : entry.ndim])
+            size = (run.length, *sizes[1 : entry.ndim])
+            values = self.source.read(self.names[run.name], there, size)
+            yield run.native - start, values.reshape(run.length, *sizes[1:])
+
+    def describe(self) -> str:
+        """In words: the model, its layout and its dtypes."""
+        dtypes = {str(self.source.tensors[name].dtype)[6:] for name in self.names.values()}
+        kind = {"bfl": "Black Forest Labs' layout", "diffusers": "diffusers' layout"}.get(
+            self.layout, "torchtitan's names"
+        )
+        if self.prefix:
+            kind = "ComfyUI's names"
+        if self.place.kind != "safetensors":
+            kind = "a checkpoint of this trainer" if self.place.kind == "checkpoint" else f"DCP, {kind}"
+        flavor = self.family.flavor(self.config)
+        return (
+            f"{self.family.title}{f' ({flavor})' if flavor else ''} in {kind}, {' and '.join(sorted(dtypes))}"
+        )
+
+
+def open_weights(
+    path: str | Path | Place,
+    component: Component = "transformer",
+    config: Any | None = None,
+    *,
+    ema: bool = False,
+    ahead: bool = False,
+) -> Weights:
+    """Open the weights at `path` and check names and shapes; no values are read.
+
+    Args:
+        path: see `detect.locate`.
+        config: which model it must be; found out if None.
+        ema: take the moving average that a checkpoint of this trainer holds.
+        ahead: all values will be read, tensor by tensor; see `DcpFolder`.
+
+    Raises:
+        FileNotFoundError: nothing is there.
+        WeightsError: it is no whole set of weights of a model that is known, or of another one than `config`.
+        CheckpointError: a checkpoint's table of contents cannot be trusted.
+    """
+    place = path if isinstance(path, Place) else locate(path, component)
+    source = open_source(place, ema=ema, ahead=ahead)
+    if ema and not source.tensors:
+        raise WeightsError(f"{place.path} has no moving average of the weights.")
+    candidates = (family_of(config),) if config is not None else FAMILIES
+    family, layout, prefix = recognise(place, source, component, candidates)
+    names = _own_names(place, source, layout, prefix)
+    origin = "the model"
+    if config is None:
+        config, origin = _find_config(place, source, family, layout, names)
+    entries = family.entries(config, layout)
+    account(place.path, {n: source.tensors[f].shape for n, f in names.items()}, keys.shapes(entries), origin)
+    return Weights(place, family, config, layout, prefix, entries, source, names)
+
+
+def open_source(place: Place, *, ema: bool = False, ahead: bool = False) -> Source:
+    """The tensors at a place that may be a model's; `ema` as in `open_weights`."""
+    if place.kind == "safetensors":
+        if ema:
+            raise WeightsError(f"{place.path} has no moving average beside its weights.")
+        return SafetensorsFiles(place.path)
+    folder = DcpFolder(place.path, EMA if ema else "", ahead)
+    companions = NOT_MODEL if place.kind == "checkpoint" else _OF_A_RUN
+    if not ema:
+        folder.tensors = {n: t for n, t in folder.tensors.items() if not n.startswith(companions)}
+    return folder
+
+
+def recognise(
+    place: Place, source: Source, component: Component, families: Sequence[Family] = FAMILIES
+) -> tuple[Family, keys.Layout, str]:
+    """Family, layout and prefix whose module names are most like those of `source`."""
+    scores: dict[tuple[str, keys.Layout, str], float] = {}
+    for family in families:
+        for prefix in ("", *family.prefixes):
+            rest = (name.removeprefix(prefix) for name in source.tensors if name.startswith(prefix))
+            found = {keys.pattern(name.rpartition(".")[0]) for name in rest}
+            layouts: tuple[keys.Layout, ...] = ("bfl",) if prefix else ("bfl", "diffusers")
+            for layout in layouts:
+                known = keys.modules(family.table, layout)
+                share = len(found & known) / max(1, len(found | known))
+                scores[family.name, layout, prefix] = share + (family.component == component) * 1e-3
+    best = max(scores, key=lambda key: scores[key])
+    if scores[best] < _LIKE:
+        some = ", ".join(list(source.tensors)[:4])
+        known_titles = " or ".join(family.title for family in families)
+        raise WeightsError(
+            f"{place.path} does not look like a {known_titles}: it holds {some or 'nothing'}, ..."
+        )
+    name, layout, prefix = best
+    if layout == "bfl" and any(keys.native_leaf(n) != n for n in source.tensors):
+        layout = "torchtitan"
+    return next(family for family in families if family.name == name), layout, prefix
+
+
+def _own_names(place: Place, source: Source, layout: keys.Layout, prefix: str) -> dict[str, str]:
+    """The layout's name -> the file's, of all tensors but known companions."""
+    names = {}
+    for name in source.tensors:
+        if name.startswith(prefix):
+            names[name.removeprefix(prefix)] = name
+        elif not name.startswith(_OF_A_PIPELINE):
+            names[name] = name
+    return names
+
+
+def _find_config(
+    place: Place, source: Source, family: Family, layout: keys.Layout, names: Mapping[str, str]
+) -> tuple[Any, str]:
+    """The config of the model in a file, and in words where it comes from."""
+    found = {name: source.tensors[file].shape for name, file in names.items()}
+    if place.kind == "checkpoint":
+        note = json.loads((place.path / STATE).read_text(encoding="utf-8")).get("model")
+        if note is not None:
+            return _of_note(place, family, note), f"the config in {STATE}"
+    if NOTE in source.metadata:
+        return _of_note(place, family, json.loads(source.metadata[NOTE])), "the config in its header"
+    values = config_beside(place)
+    if values is not None:
+        try:
+            return family.diffusers.read(values), "the config.json beside it"
+        except (KeyError, TypeError, ValueError) as error:
+            raise WeightsError(f"{place.path.parent}/config.json: {error!r} for a {family.title}.") from error
+    for config in family.flavors.values():
+        if keys.shapes(family.entries(config, layout)) == found:
+            return config, "its flavor"
+    if layout != "diffusers" and (config := family.infer({keys.native_leaf(n): s for n, s in found.items()})):
+        return config, "the config that its shapes tell"
+    raise WeightsError(
+        f"{place.path} holds a {family.title}, but does not say which: its shapes are those of no flavor "
+        f"({', '.join(family.flavors)}). Say it: --config FILE.json with the fields "
+        f"{', '.join(family.config.__dataclass_fields__)}."  # type: ignore[attr-defined]
+    )
+
+
+def note(config: Any) -> dict[str, Any]:
+    """What files of this trainer say of the model whose config it is."""
+    family = family_of(config)
+    return {"family": family.name, "config": family.fields(config)}
+
+
+def _of_note(place: Place, family: Family, note: Mapping[str, Any]) -> Any:
+    try:
+        if note["family"] != family.name:
+            raise ValueError(f"family {note['family']}")
+        return family.parse(note["config"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise WeightsError(
+            f"{place.path} does not say which model it holds in a known way: {error}."
+        ) from error
+
+
+def account(path: Path, found: Shapes, expected: Shapes, origin: str) -> None:
+    """Raise WeightsError unless names and shapes are those expected; it names all that differ."""
+    missing = [name for name in expected if name not in found]
+    unknown = [name for name in found if name not in expected]
+    misshapen = [
+        f"{name} {list(found[name])} instead of {list(shape)}"
+        for name, shape in expected.items()
+        if name in found and tuple(found[name]) != tuple(shape)
+    ]
+    if not (missing or unknown or misshapen):
+        return
+    if missing and not unknown and not misshapen and all("guidance" in name for name in missing):
+        raise WeightsError(
+            f"{path} has no guidance embedding ({', '.join(grouped(missing))}), and the model has one "
+            "(FLUX.1-dev's): these weights are FLUX.1-schnell's kind, such as torchtitan writes. Choose a "
+            "flavor without it, such as flux-schnell, or weights that have it."
+        )
+    if unknown and not missing and not misshapen and all("guidance" in name for name in unknown):
+        raise WeightsError(
+            f"{path} has a guidance embedding ({', '.join(grouped(unknown))}), as FLUX.1-dev does, and the "
+            "model has none: choose a flavor that has it, such as flux-dev."
+        )
+    described = [f"{len(missing)} missing ({', '.join(grouped(missing))})"] if missing else []
+    if unknown:
+        near = _nearest(unknown, missing or list(expected))
+        described.append(f"{len(unknown)} unknown ({', '.join(near)})")
+    if misshapen:
+        described.append(f"{len(misshapen)} misshapen ({', '.join(grouped_shapes(misshapen))})")
+    raise WeightsError(f"{path} does not fit {origin}: {'; '.join(described)}.")
+
+
+def grouped_shapes(sentences: Sequence[str]) -> list[str]:
+    """As `grouped`, of names with something said of them."""
+    by_rest: dict[str, list[str]] = {}
+    for sentence in sentences:
+        name, _, rest = sentence.partition(" ")
+        by_rest.setdefault(rest, []).append(name)
+    return [f"{', '.join(grouped(names))} {rest}" for rest, names in by_rest.items()]
+
+
+def _nearest(unknown: Sequence[str], expected: Sequence[str]) -> list[str]:
+    """The unknown names, each group with the expected one most like it."""
+    choices = list({keys.pattern(name): None for name in expected})
+    groups: dict[str, list[str]] = {}
+    for name in unknown:
+        groups.setdefault(keys.pattern(name), []).append(name)
+    lines = []
+    for name, members in groups.items():
+        close = difflib.get_close_matches(name, choices, n=1)
+        lines.append(", ".join(grouped(members)) + (f" [nearest: {close[0]}]" if close else ""))
+    return lines

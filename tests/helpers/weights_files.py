@@ -1,0 +1,100 @@
+"""The same small weights in every layout that others write, made without this project's converter."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import warnings
+from pathlib import Path
+
+import torch
+import torch.distributed.checkpoint as dcp
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from flux_trainer.checkpoint.manager import CheckpointManager
+from flux_trainer.config.schema import Checkpoint
+from flux_trainer.models.flux1 import Flux1Config
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+EPS = GOLDEN / "flux1_eps"
+CONFIG = Flux1Config(**json.loads((EPS / "config.json").read_text())["bfl"])
+
+
+def native() -> dict[str, Tensor]:
+    """The golden weights by native name."""
+    return load_file(EPS / "weights_bfl.safetensors")
+
+
+def bfl(folder: Path) -> Path:
+    return Path(shutil.copy(EPS / "weights_bfl.safetensors", folder / "bfl.safetensors"))
+
+
+def diffusers(folder: Path) -> Path:
+    """A pipeline's folder with a transformer of one file."""
+    part = folder / "pipeline" / "transformer"
+    part.mkdir(parents=True)
+    shutil.copy(EPS / "weights_diffusers.safetensors", part / "diffusion_pytorch_model.safetensors")
+    config = json.loads((EPS / "config.json").read_text())["diffusers"]
+    (part / "config.json").write_text(json.dumps({"_class_name": "FluxTransformer2DModel", **config}))
+    (part.parent / "model_index.json").write_text("{}")
+    return part.parent
+
+
+def sharded(folder: Path) -> Path:
+    """A transformer's folder with two files and an index."""
+    part = diffusers(folder / "sharded") / "transformer"
+    file = part / "diffusion_pytorch_model.safetensors"
+    weights = load_file(file)
+    file.unlink()
+    names = sorted(weights)
+    index = {}
+    for i, chosen in enumerate((names[::2], names[1::2]), start=1):
+        shard = f"diffusion_pytorch_model-{i:05}-of-00002.safetensors"
+        save_file({name: weights[name] for name in chosen}, part / shard, metadata={"format": "pt"})
+        index |= dict.fromkeys(chosen, shard)
+    text = json.dumps({"metadata": {}, "weight_map": index})
+    (part / "diffusion_pytorch_model.safetensors.index.json").write_text(text)
+    return part
+
+
+def comfy(folder: Path) -> Path:
+    """All of a pipeline in one file, norms as `.weight`."""
+    weights = {f"model.diffusion_model.{torchtitan_name(name)}": x for name, x in native().items()}
+    weights |= {"vae.encoder.conv_in.weight": torch.zeros(1), "text_encoders.clip_l.x": torch.zeros(1)}
+    save_file(weights, folder / "comfy.safetensors")
+    return folder / "comfy.safetensors"
+
+
+def torchtitan_name(name: str) -> str:
+    return name.removesuffix(".scale") + ".weight" if name.endswith(".scale") else name
+
+
+def torchtitan(folder: Path) -> Path:
+    """A DCP step with an optimizer and entries that are no tensors. It has this model's guidance embedding,
+    which torchtitan's own does not."""
+    state = {torchtitan_name(name): x for name, x in native().items()}
+    state |= {"optimizer.state.img_in.weight.exp_avg": torch.zeros(2), "train_state": {"step": 5}}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        dcp.save(state, checkpoint_id=folder / "titan" / "step-5", no_dist=True)
+    return folder / "titan"
+
+
+def own(folder: Path) -> Path:
+    """The dump folder of a run with two checkpoints; the average is the negative of the weights."""
+    from flux_trainer.runtime.dist import World
+
+    alone = World(0, 0, 1, torch.device("cpu"), None, None)
+    manager = CheckpointManager(Checkpoint(enable=True), folder / "run", alone)
+    weights = native()
+    for step, scale in ((9, 0.0), (10, 1.0)):
+        tensors = {name: x * scale for name, x in weights.items()}
+        tensors |= {f"ema.{name}": -x for name, x in weights.items()} | {"guard.skipped": torch.zeros(())}
+        tensors |= {f"optimizer.state.{name}.exp_avg": x for name, x in weights.items()}
+        manager.save(step, tensors, {"step": step})
+    manager.close()
+    return folder / "run"
+
+
+ALL = {f.__name__: f for f in (bfl, diffusers, sharded, comfy, torchtitan, own)}
