@@ -84,8 +84,7 @@ def publish(path: Path, step: int, files: Manifest) -> None:
                 f"{name} was written by another rank and is not in {path} as the first rank sees it. "
                 "job.dump_folder must lie on a file system that all ranks share."
             )
-    body = {"version": VERSION, "step": step, "files": files}
-    write_json(path / MANIFEST, {**body, "digest": _digest(body)})
+    write_manifest(path, step, files)
     final = step_folder(path.parent, step)
     old = _passing(path.parent, step, "old")
     if final.exists():
@@ -93,6 +92,12 @@ def publish(path: Path, step: int, files: Manifest) -> None:
     path.rename(final)
     sync(path.parent)
     shutil.rmtree(old, ignore_errors=True)  # what remains of it, `tidy` deletes
+
+
+def write_manifest(path: Path, step: int, files: Manifest) -> None:
+    """Put the list of a checkpoint's files beside them, into folder `path`."""
+    body = {"version": VERSION, "step": step, "files": files}
+    write_json(path / MANIFEST, {**body, "digest": _digest(body)})
 
 
 def discard(folder: Path, step: int) -> None:

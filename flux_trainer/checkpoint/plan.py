@@ -6,7 +6,7 @@ Ranks may hold different tensors; those that hold the same box agree on who writ
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -87,6 +87,17 @@ class WritePlan(DefaultSavePlanner):
 
     def lookup_object(self, index: MetadataIndex) -> Tensor:
         return self.parts[index].values
+
+
+class StreamPlan(WritePlan):
+    """A plan of writing whole tensors that are fetched one by one, when their turn comes."""
+
+    def __init__(self, parts: Parts, read: Callable[[str], Tensor]) -> None:
+        super().__init__(parts)
+        self.read = read
+
+    def lookup_object(self, index: MetadataIndex) -> Tensor:
+        return self.read(index.fqn)
 
 
 class ReadPlan(TensorsOnly):

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import math
 import warnings
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
@@ -28,7 +28,7 @@ from torch.futures import Future
 
 from flux_trainer.checkpoint.errors import CheckpointError, together
 from flux_trainer.checkpoint.metadata import SafeReader, read_metadata
-from flux_trainer.checkpoint.plan import ReadPlan, Tensors, WritePlan, layout_of, parts_of
+from flux_trainer.checkpoint.plan import ReadPlan, StreamPlan, Tensors, WritePlan, layout_of, parts_of
 from flux_trainer.runtime.dist import all_gather, peers_alive
 from flux_trainer.runtime.layout import WHOLE, Layouts, local, native_shape
 
@@ -83,6 +83,21 @@ def write_tensors(
     with _dcp(f"writing {path}", group):
         plan = WritePlan(parts_of(tensors, layouts, copies))
         save({}, storage_writer=writer, planner=plan, process_group=group, no_dist=group is None)
+
+
+def stream_tensors(path: Path, outlines: Tensors, read: Callable[[str], Tensor]) -> None:
+    """Write whole tensors into files in the folder `path`, yet to be synced; one process alone.
+
+    Args:
+        outlines: name -> tensor on the meta device.
+        read: the named tensor's values, asked for one at a time.
+
+    Raises:
+        CheckpointError: they cannot be written, or read.
+    """
+    writer = _Writer(path, sync_files=False, thread_count=1, per_thread_copy_ahead=0)
+    with _dcp(f"writing {path}", None):
+        save({}, storage_writer=writer, planner=StreamPlan(parts_of(outlines, WHOLE), read), no_dist=True)
 
 
 def read_tensors(

@@ -11,11 +11,16 @@ from flux_trainer import __version__
 
 COMMANDS = {
     "config": ("flux_trainer.cli.config", "check the settings of a run and print them, resolved, as TOML"),
+    "convert": (
+        "flux_trainer.cli.convert",
+        "write weights in another layout: BFL's, diffusers', a checkpoint",
+    ),
     "estimate": (
         "flux_trainer.cli.estimate",
         "memory and communication of each rank, for any number of ranks",
     ),
     "generate": ("flux_trainer.cli.generate", "draw pictures of prompts, from a run or published weights"),
+    "verify": ("flux_trainer.cli.verify", "what a file or folder of weights is, and whether it is whole"),
 }
 """Command -> module with `main(argv) -> exit status`, and what it does."""
 

@@ -15,7 +15,7 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 from flux_trainer.checkpoint.metadata import METADATA, SafeReader, read_metadata
 from flux_trainer.checkpoint.plan import Part, ReadPlan
 from flux_trainer.hub.errors import WeightsError
-from flux_trainer.hub.source import Stored
+from flux_trainer.hub.source import Extent, Stored
 
 
 class DcpFolder:
@@ -75,6 +75,9 @@ class DcpFolder:
         for dim, (start, size) in enumerate(zip(offsets, sizes, strict=True)):
             part = part.narrow(dim, start, size)
         return part
+
+    def extent(self, name: str, row: int) -> Extent | None:
+        return None  # in an archive, chunk by chunk
 
     def _load(self, name: str, offsets: Sequence[int], sizes: Sequence[int]) -> Tensor:
         stored = self.tensors[name]

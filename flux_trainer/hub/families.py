@@ -90,6 +90,32 @@ FLUX1_AE = Family(
 FAMILIES = (FLUX1, FLUX1_AE)
 
 
+def config_of(values: Mapping[str, Any]) -> Any:
+    """The config that a JSON object describes: its fields, or those of diffusers' config.json.
+
+    Raises:
+        ValueError: it describes none.
+    """
+    for family in FAMILIES:
+        try:
+            if "_class_name" in values:
+                if values["_class_name"] == family.diffusers.class_name:
+                    return family.diffusers.read(values)
+            elif set(values) <= set(family.config.__dataclass_fields__):  # type: ignore[attr-defined]
+                return family.parse(values)
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"it is no config of a {family.title}: {error}") from error
+    raise ValueError(f"it has the fields {', '.join(values)}, which are those of no model")
+
+
+def flavor_named(name: str) -> Any:
+    """The config of the flavor `name`; ValueError if there is none, naming those there are."""
+    flavors = {name: config for family in FAMILIES for name, config in family.flavors.items()}
+    if name not in flavors:
+        raise ValueError(f"there is no flavor {name!r}; there are {', '.join(flavors)}")
+    return flavors[name]
+
+
 def family_of(config: Any) -> Family:
     """The family that a config belongs to."""
     return next(family for family in FAMILIES if isinstance(config, family.config))  # type: ignore[arg-type]

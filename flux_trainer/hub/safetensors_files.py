@@ -11,14 +11,14 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from flux_trainer.hub.errors import WeightsError, grouped
-from flux_trainer.hub.source import DTYPES, Stored
+from flux_trainer.hub.source import DTYPES, Extent, Stored
 
 INDEX_SUFFIX = ".safetensors.index.json"
 _LONGEST_HEADER = 100_000_000  # bytes; safetensors' own limit
@@ -32,6 +32,8 @@ class Header:
     metadata: dict[str, str]
     start: int
     """Where the data begins in the file; it reaches to the end."""
+    offsets: dict[str, int]
+    """Where each tensor begins in the file."""
 
 
 def read_header(path: Path) -> Header:
@@ -65,7 +67,8 @@ def read_header(path: Path) -> Header:
     if 8 + length + end != size:
         raise _unreadable(path, f"it has {size} bytes and its header speaks of {8 + length + end}")
     tensors = {name: Stored(tuple(shape), DTYPES[dtype]) for name, (dtype, shape, _) in records.items()}
-    return Header(tensors, {str(k): str(v) for k, v in metadata.items()}, 8 + length)
+    offsets = {name: 8 + length + first for name, (_, _, (first, _)) in records.items()}
+    return Header(tensors, {str(k): str(v) for k, v in metadata.items()}, 8 + length, offsets)
 
 
 def _record(record: Mapping[str, Any]) -> tuple[str, list[int], tuple[int, int]]:
@@ -114,6 +117,8 @@ class SafetensorsFiles:
                 f"{path} names files that are not beside it: {', '.join(missing)}. Fetch them again."
             )
         self._where: dict[str, Any] = {}
+        self._extents: dict[str, Extent] = {}
+        self._files: list[BinaryIO] = []
         for file in files:
             header = self.headers[file] = read_header(file)
             try:
@@ -123,6 +128,9 @@ class SafetensorsFiles:
             self.tensors |= header.tensors
             self.metadata |= header.metadata
             self._where |= dict.fromkeys(header.tensors, handle)
+            self._files.append(open(file, "rb"))  # noqa: SIM115 (as long as this object)
+            number = self._files[-1].fileno()
+            self._extents |= {name: Extent(number, offset) for name, offset in header.offsets.items()}
         if index is not None:
             self._compare(index)
 
@@ -144,3 +152,8 @@ class SafetensorsFiles:
         ]
         self.bytes_read += part.nbytes
         return part
+
+    def extent(self, name: str, row: int) -> Extent | None:
+        stored, place = self.tensors[name], self._extents[name]
+        row_bytes = stored.nbytes // stored.shape[0] if stored.shape and stored.shape[0] else 0
+        return Extent(place.descriptor, place.offset + row * row_bytes)

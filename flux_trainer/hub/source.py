@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -23,6 +23,13 @@ class Stored:
         return torch.Size(self.shape).numel() * self.dtype.itemsize
 
 
+class Extent(NamedTuple):
+    """Where bytes lie in an open file."""
+
+    descriptor: int
+    offset: int
+
+
 class Source(Protocol):
     """An open set of tensors. Opening reads tables of contents only."""
 
@@ -36,6 +43,10 @@ class Source(Protocol):
 
     def read(self, name: str, offsets: Sequence[int], sizes: Sequence[int]) -> Tensor:
         """The box of `sizes` elements from `offsets` on, on the CPU; it may share memory with the file."""
+        ...
+
+    def extent(self, name: str, row: int) -> Extent | None:
+        """Where the rows from `row` on lie as plain bytes, one after another; None if they do not."""
         ...
 
 

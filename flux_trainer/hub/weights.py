@@ -17,7 +17,7 @@ from flux_trainer.hub.detect import Place, config_beside, locate
 from flux_trainer.hub.errors import WeightsError, grouped
 from flux_trainer.hub.families import FAMILIES, Component, Family, Shapes, family_of
 from flux_trainer.hub.safetensors_files import SafetensorsFiles
-from flux_trainer.hub.source import Source
+from flux_trainer.hub.source import Extent, Source
 from flux_trainer.models import keys
 
 NOTE = "flux_trainer"
@@ -58,6 +58,14 @@ class Weights:
             size = (run.length, *sizes[1 : entry.ndim])
             values = self.source.read(self.names[run.name], there, size)
             yield run.native - start, values.reshape(run.length, *sizes[1:])
+
+    def rows(self, native: str, start: int, count: int) -> Iterator[tuple[Tensor, Extent | None]]:
+        """`count` whole rows of a native tensor in order: each part, and where its bytes lie in a file."""
+        entry = self.entries[native]
+        for run in entry.within(start, start + count):
+            name, shape = self.names[run.name], entry.shape[1 : entry.ndim]
+            values = self.source.read(name, (run.start, *(0 for _ in shape)), (run.length, *shape))
+            yield values, self.source.extent(name, run.start)
 
     def describe(self) -> str:
         """In words: the model, its layout and its dtypes."""

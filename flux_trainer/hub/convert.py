@@ -1,0 +1,218 @@
+"""Weights from one layout to another, tensor by tensor: memory for a few of them, not for the model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from math import prod
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from flux_trainer.checkpoint import commit
+from flux_trainer.checkpoint.load import STATE
+from flux_trainer.checkpoint.metadata import METADATA
+from flux_trainer.checkpoint.tensors import stream_tensors
+from flux_trainer.hub.errors import WeightsError
+from flux_trainer.hub.safetensors_files import INDEX_SUFFIX
+from flux_trainer.hub.source import Extent, Stored
+from flux_trainer.hub.weights import NOTE, Weights, note
+from flux_trainer.hub.write import check_target, replacing, write_safetensors
+from flux_trainer.models import keys
+from flux_trainer.runtime.files import ensure_space, sync, write_json
+
+Format = Literal["bfl", "diffusers", "dcp", "torchtitan"]
+"""bfl: one file. diffusers: a folder with config.json. dcp: a checkpoint (step-N) of this trainer, without an
+optimizer. torchtitan: DCP with torchtitan's names."""
+
+SHARD = 5_000_000_000  # bytes of a file in a diffusers folder, unless one tensor is larger
+
+_BLOCK = 8 * 2**20  # bytes that are read, cast and written at once
+_STEM = "diffusion_pytorch_model"
+
+Progress = Callable[[int, int], None]
+"""Called with the bytes written so far, and all there are."""
+
+
+class Conversion:
+    """What a model's tensors are in another layout and dtype, and their values, block by block."""
+
+    def __init__(self, weights: Weights, layout: keys.Layout, dtype: torch.dtype | None) -> None:
+        """dtype: of all tensors; None: each keeps its own."""
+        self.weights = weights
+        entries = weights.family.entries(weights.config, layout)
+        self._parts = keys.sources(entries)
+        self.tensors: dict[str, Stored] = {}
+        """In the order of writing: as the model's parameters."""
+        for name, shape in keys.shapes(entries).items():
+            self.tensors[name] = Stored(shape, dtype or self._kept_dtype(name))
+
+    @property
+    def nbytes(self) -> int:
+        return sum(stored.nbytes for stored in self.tensors.values())
+
+    def blocks(self, name: str) -> Iterator[tuple[Tensor, Extent | None]]:
+        """The tensor's rows in order, contiguous, at most `_BLOCK` bytes or a row at once.
+
+        With each block, where the same bytes lie in a file, if they do.
+        """
+        stored = self.tensors[name]
+        for native, run in self._parts[name]:
+            shape = self.weights.entries[native].shape
+            rows = max(1, _BLOCK // (4 * prod(shape[1:])))
+            for first in range(run.native, run.native + run.length, rows):
+                count = min(rows, run.native + run.length - first)
+                for values, extent in self.weights.rows(native, first, count):
+                    same = values.dtype == stored.dtype
+                    yield cast(values, stored.dtype, name).contiguous(), extent if same else None
+
+    def whole(self, name: str) -> Tensor:
+        """The tensor."""
+        stored = self.tensors[name]
+        tensor = torch.empty(stored.shape, dtype=stored.dtype)
+        row = 0
+        for block, _ in self.blocks(name):
+            block = block.view(-1, *stored.shape[1:])
+            tensor[row : row + len(block)] = block
+            row += len(block)
+        return tensor
+
+    def _kept_dtype(self, name: str) -> torch.dtype:
+        """The widest of the tensors that it is made of."""
+        widest: torch.dtype | None = None
+        for native, run in self._parts[name]:
+            for there in self.weights.entries[native].within(run.native, run.native + run.length):
+                dtype = self.weights.source.tensors[self.weights.names[there.name]].dtype
+                widest = dtype if widest in (None, dtype) else torch.promote_types(widest, dtype)
+        assert widest is not None
+        return widest
+
+
+def cast(values: Tensor, dtype: torch.dtype, name: str) -> Tensor:
+    """`values` in `dtype`; WeightsError where a finite value is too large for it."""
+    if values.dtype == dtype:
+        return values
+    result = values.to(dtype)
+    if torch.finfo(dtype).max < torch.finfo(values.dtype).max:
+        finite = result.float().isfinite() if dtype.itemsize == 1 else result.isfinite()
+        if not finite.all() and not finite[values.isfinite()].all():
+            largest = values[values.isfinite()].abs().max().item()
+            raise WeightsError(
+                f"{name} has values up to {largest:.4g}, which {str(dtype)[6:]} cannot hold (its largest is "
+                f"{torch.finfo(dtype).max:.4g}). Write --dtype bf16 or fp32."
+            )
+    return result
+
+
+def convert(
+    weights: Weights,
+    target: str | Path,
+    to: Format,
+    dtype: torch.dtype | None = None,
+    *,
+    overwrite: bool = False,
+    shard: int = SHARD,
+    progress: Progress = lambda done, total: None,
+) -> None:
+    """Write `weights` in another format at `target`, which appears when all of it is on the disk, or never.
+
+    Args:
+        weights: opened with `ahead`.
+        dtype: of all tensors; None: each keeps its own.
+        overwrite: replace weights that are at `target` already.
+        shard: bytes of a file in diffusers' layout.
+
+    Raises:
+        WeightsError: `target` is taken, or the format or dtype cannot hold these weights.
+        OSError: it cannot be written; a disk that is too full is noticed before anything is written.
+    """
+    target = Path(target)
+    layout: keys.Layout = "diffusers" if to == "diffusers" else "torchtitan" if to == "torchtitan" else "bfl"
+    _refuse(weights, target, to)
+    config_json = _diffusers_config(weights) if to == "diffusers" else {}
+    check_target(target, overwrite)
+    plan = Conversion(weights, layout, dtype)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    ensure_space(target.parent, plan.nbytes + 4096 * len(plan.tensors))
+    done = 0
+
+    def tell(count: int) -> None:
+        nonlocal done
+        done += count
+        progress(done, plan.nbytes)
+
+    metadata = {NOTE: json.dumps(note(weights.config))}
+    with replacing(target, overwrite) as path:
+        if to == "bfl":
+            write_safetensors(path, plan.tensors, plan.blocks, metadata, tell)
+        elif to == "diffusers":
+            path.mkdir()
+            _write_shards(path, plan, shard, metadata, tell)
+            write_json(path / "config.json", config_json)
+        else:
+            path.mkdir()
+            _write_dcp(path, plan, tell)
+            if to == "dcp":
+                write_json(path / STATE, {"step": 0, "model": note(weights.config)})
+                files = commit.seal(path, "__*") | commit.seal(path, STATE) | commit.seal(path, METADATA)
+                commit.write_manifest(path, 0, files)
+            else:
+                for file in path.iterdir():
+                    sync(file)
+
+
+def _refuse(weights: Weights, target: Path, to: Format) -> None:
+    if to == "bfl" and target.suffix != ".safetensors":
+        raise WeightsError(f"{target}: the name of a file in BFL's layout must end in .safetensors.")
+    if to != "bfl" and target.suffix == ".safetensors":
+        raise WeightsError(f"{target}: {to} is a folder; its name cannot end in .safetensors.")
+    if to == "torchtitan" and (lost := [name for name in weights.entries if name.startswith("guidance_in.")]):
+        raise WeightsError(
+            f"torchtitan's FLUX model has no guidance embedding, so {len(lost)} tensors of these weights "
+            "(guidance_in) would be lost there. Write --to dcp, bfl or diffusers."
+        )
+
+
+def _diffusers_config(weights: Weights) -> dict[str, Any]:
+    try:
+        return weights.family.diffusers.json(weights.config)
+    except ValueError as error:
+        raise WeightsError(str(error)) from error
+
+
+def _write_shards(
+    path: Path, plan: Conversion, limit: int, metadata: dict[str, str], tell: Callable[[int], None]
+) -> None:
+    """Files of at most `limit` bytes, and the index that diffusers wants of more than one."""
+    shards: list[dict[str, Stored]] = [{}]
+    size = 0
+    for name, stored in plan.tensors.items():
+        if shards[-1] and size + stored.nbytes > limit:
+            shards.append({})
+            size = 0
+        shards[-1][name] = stored
+        size += stored.nbytes
+    names = [f"{_STEM}-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
+    if len(shards) == 1:
+        names = [f"{_STEM}.safetensors"]
+    for name, tensors in zip(names, shards, strict=True):
+        write_safetensors(path / name, tensors, plan.blocks, metadata, tell)
+    if len(shards) > 1:
+        weight_map = {name: file for file, tensors in zip(names, shards, strict=True) for name in tensors}
+        index = {"metadata": {"total_size": plan.nbytes}, "weight_map": weight_map}
+        write_json(path / f"{_STEM}{INDEX_SUFFIX}", index)
+
+
+def _write_dcp(path: Path, plan: Conversion, tell: Callable[[int], None]) -> None:
+    outlines = {
+        name: torch.empty(stored.shape, dtype=stored.dtype, device="meta")
+        for name, stored in plan.tensors.items()
+    }
+
+    def read(name: str) -> Tensor:
+        tell(plan.tensors[name].nbytes)
+        return plan.whole(name)
+
+    stream_tensors(path, outlines, read)
