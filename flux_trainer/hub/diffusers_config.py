@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from flux_trainer.models.autoencoder import AutoEncoderConfig
-from flux_trainer.models.flux1 import Flux1Config
+from flux_trainer.models.configs import Flux1Config
 
 _VERSION = "0.35.0"  # the oldest that is known to read these fields
 

@@ -13,7 +13,8 @@ from torch import nn
 from flux_trainer.hub import diffusers_config, infer
 from flux_trainer.models import keys, registry
 from flux_trainer.models.autoencoder import AutoEncoder, AutoEncoderConfig
-from flux_trainer.models.flux1 import Flux1Config, Flux1Model
+from flux_trainer.models.configs import Flux1Config
+from flux_trainer.models.flux1 import Flux1Model
 
 Component = Literal["transformer", "vae"]
 """diffusers' names of a pipeline's parts, and of their folders."""

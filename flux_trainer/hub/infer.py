@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from flux_trainer.models.flux1 import Flux1Config
+from flux_trainer.models.configs import Flux1Config
 
 _AXES = {128: (16, 56, 56)}
 """Head dimension -> rotary axes, of all published FLUX.1 models."""
