@@ -1,4 +1,4 @@
-"""Conversion: byte-equal round trips through every format, models that diffusers opens, and what is refused."""
+"""Conversion: byte-equal round trips through every format, models that diffusers opens, what is refused."""
 
 import dataclasses
 import gzip
