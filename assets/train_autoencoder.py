@@ -28,8 +28,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from flux_trainer.hub.autoencoder import read_config
 from flux_trainer.models.autoencoder import AutoEncoder, AutoEncoderConfig, Downsample, ResnetBlock, Upsample
-from flux_trainer.models.load_autoencoder import read_config
 
 ASSETS = Path(__file__).parent
 CONFIG = AutoEncoderConfig(
@@ -220,7 +220,7 @@ def main() -> None:
     if args.weights:
         model.load_state_dict({name: weight.float() for name, weight in load_file(args.weights).items()})
     model.encoder.requires_grad_(not args.decoder_only)
-    config = read_config(args.weights)[0] if args.decoder_only else None
+    config = read_config(args.weights) if args.decoder_only else None
     average = {name: weight.detach().clone() for name, weight in model.state_dict().items()}
     optimizers, matrices = build_optimizers(model, args.lr)
     step, minutes = 0, 0.0

@@ -17,12 +17,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flux_trainer.checkpoint.commit import step_folder
 from flux_trainer.checkpoint.manager import CheckpointManager
 from flux_trainer.config.schema import JobConfig
 from flux_trainer.config.toml import to_toml
 from flux_trainer.data.bad import BadSamples
 from flux_trainer.data.loader import TrainLoader
 from flux_trainer.data.samples import Batch
+from flux_trainer.hub.export import check_export, export
 from flux_trainer.hub.load import load_weights
 from flux_trainer.hub.weights import note
 from flux_trainer.metrics.console import duration, training_line
@@ -86,6 +88,7 @@ class Trainer(ABC):
         with torch.device("meta"), default_dtype(getattr(torch, training.dtype)):
             model, distributions = self.build_model()
         self.architecture = model.config
+        check_export(config.checkpoint.export, self.architecture)
         size = sum(p.numel() for p in model.parameters())
         self.parallel = parallelize(
             model,
@@ -336,18 +339,17 @@ class Trainer(ABC):
         return tensors | (self.ema.tensors() if self.ema else {})
 
     def save(self, wait: bool) -> None:
-        """Write a checkpoint of this step; `wait`: until it is on disk."""
+        """Write a checkpoint of this step, of the last also for others; `wait`: until it is on disk."""
         if self.config.checkpoint.enable:
             with self.meter.pause():
-                state = {
-                    "step": self.step,
-                    "samples_seen": self.samples_seen,
-                    "identity": self.identity(),
-                    "model": note(self.architecture),
-                }
-                self.checkpoints.save(self.step, self.tensors(), state)
+                state = {"step": self.step, "samples_seen": self.samples_seen, "identity": self.identity()}
+                self.checkpoints.save(self.step, self.tensors(), {**state, "model": note(self.architecture)})
                 if wait:
                     self.checkpoints.wait()
+                if self.step == self.config.training.steps:
+                    step = step_folder(self.checkpoints.folder, self.step)
+                    folder = self.dump_folder / "export" / step.name
+                    export(self.config.checkpoint, step, folder, self.architecture, self.world.checkpoint)
 
     def restore(self, distributions: Mapping[str, Distribution]) -> None:
         """Go on from the newest checkpoint, else start from `initial_load_path`, else from random weights."""
@@ -359,13 +361,9 @@ class Trainer(ABC):
             logger.info(f"Resumed from step {self.step}")
             return
         if section.initial_load_path:
-            what = load_weights(
-                section.initial_load_path,
-                {n: p.detach() for n, p in self.parameters.items()},
-                self.world.checkpoint,
-                self.layouts,
-                config=self.architecture,
-            )
+            parameters = {name: p.detach() for name, p in self.parameters.items()}
+            path, group = section.initial_load_path, self.world.checkpoint
+            what = load_weights(path, parameters, group, self.layouts, config=self.architecture)
             logger.info(f"Started from weights: {what}")
         else:
             for part in self.parallel.parts:

@@ -246,6 +246,10 @@ def _checkpoint(config: JobConfig) -> Iterator[Finding]:
         yield "checkpoint.load_step", "is out of range; expected a step, or -1 for the newest"
     elif section.load_step != -1 and not section.enable:
         yield "checkpoint.load_step", "has no effect without checkpoint.enable = true"
+    if section.export and not section.enable:
+        yield "checkpoint.export", "needs checkpoint.enable = true: it is made from the last checkpoint"
+    if section.export_ema and not (section.export and config.ema.enable):
+        yield "checkpoint.export_ema", "needs ema.enable = true, and a format in checkpoint.export"
 
 
 def _profiling(config: JobConfig) -> Iterator[Finding]:

@@ -56,11 +56,13 @@ def looks_local(name: str) -> bool:
 
 def _models(config: JobConfig) -> Iterator[Finding]:
     path = Path(config.encoder.autoencoder_path)
-    if not path.is_file():
+    if not path.exists():
         repo = path.parent.name if path.parent.name.startswith("FLUX.1-") else "FLUX.1-schnell"
         command = f"hf download black-forest-labs/{repo} {path.name} --local-dir {path.parent}"
         brings = f"; `{command}` brings FLUX's" if path.name == "ae.safetensors" else ""
-        yield "encoder.autoencoder_path", _not_there(str(path), "file") + brings
+        yield "encoder.autoencoder_path", _not_there(str(path), "file" if path.suffix else "folder") + brings
+    elif path.is_dir() and not [*path.glob("*.safetensors"), *path.glob("vae/*.safetensors")]:
+        yield "encoder.autoencoder_path", "is a folder without weights: no safetensors file, none in vae/"
     for key in ("t5_encoder", "clip_encoder", "t5_tokenizer", "clip_tokenizer"):
         name = getattr(config.encoder, key)
         if name and looks_local(name) and not Path(name).expanduser().is_dir():

@@ -26,11 +26,12 @@ class Assignment(NamedTuple):
 class Renamed:
     """What becomes of an old key.
 
-    moved: `note` is the new key, of the same meaning. ignored: any value is dropped. refused: every value is.
-    neutral: `value` is what happens here anyway and is dropped, others are refused.
+    moved: `note` is the new key, of the same meaning. switch: true sets the key `note` to `value`, false is
+    dropped. ignored: any value is dropped. refused: every value is. neutral: `value` is what happens here
+    anyway and is dropped, others are refused.
     """
 
-    kind: Literal["moved", "ignored", "refused", "neutral"]
+    kind: Literal["moved", "switch", "ignored", "refused", "neutral"]
     note: str
     value: Any = None
 
@@ -53,7 +54,6 @@ def _only(value: Any, note: str) -> Renamed:
 
 _SOURCES = "use [[data.sources]] tables"
 _HELD_OUT = "use [[validation.sources]] tables"
-_ONE_FORMAT = "checkpoints are written and read in this trainer's own format"
 _TOKENIZERS = "the tokenizers come from encoder.t5_tokenizer and encoder.clip_tokenizer"
 _RECORDER = "torch reads the settings of its flight recorder from the environment"
 _NO_SUCH_MESH = "the mesh it belongs to is not in this version"
@@ -124,11 +124,10 @@ RENAMED: dict[str, Renamed] = {
     "checkpoint.initial_load_model_only": _only(
         True, "checkpoint.initial_load_path takes the model's weights only"
     ),
-    "checkpoint.initial_load_in_hf": _only(False, _ONE_FORMAT),
-    "checkpoint.initial_load_in_hf_quantized": _only(False, _ONE_FORMAT),
+    "checkpoint.initial_load_in_hf": _ignored("the layout of checkpoint.initial_load_path is found out"),
+    "checkpoint.initial_load_in_hf_quantized": _only(False, "quantised weights are not read"),
     "checkpoint.last_save_model_only": _ignored("the last save is always resumable"),
-    "checkpoint.last_save_in_hf": _only(False, _ONE_FORMAT),
-    "checkpoint.export_dtype": _ignored("checkpoints keep training.dtype"),
+    "checkpoint.last_save_in_hf": Renamed("switch", "checkpoint.export", ["diffusers"]),
     "checkpoint.exclude_from_loading": _only(
         [], "checkpoint.initial_load_path takes the model's weights only; a resume takes everything"
     ),
@@ -195,6 +194,11 @@ def translate(assignments: Iterable[Assignment]) -> tuple[list[Assignment], list
         if old.kind == "moved":
             notices[f"{origin}: {key} is read as {old.note}"] = None
             kept.append(Assignment(origin, tuple(old.note.split(".")), value))
+        elif old.kind == "switch" and isinstance(value, bool):
+            means = f"read as {old.note} = {toml.value(old.value)}" if value else "ignored: it is so anyway"
+            notices[f"{origin}: {key} = {toml.value(value)} is {means}"] = None
+            if value:
+                kept.append(Assignment(origin, tuple(old.note.split(".")), old.value))
         elif old.kind == "ignored":
             notices[f"{origin}: {name} is ignored: {old.note}"] = None
         elif old.kind == "neutral" and value == old.value:

@@ -52,7 +52,7 @@ class Encoder(Section):
     max_t5_encoding_len: PositiveInt = 256
     """T5 tokens per caption, padded or cut (512 for FLUX.1-dev, 256 for schnell)."""
     autoencoder_path: str = "assets/hf/FLUX.1-dev/ae.safetensors"
-    """Autoencoder weights in BFL's single-file layout."""
+    """Autoencoder: a file of Black Forest Labs, or a file or folder of diffusers."""
     autoencoder_sample: bool = True
     """Draw latents from the autoencoder's posterior; false: take its mean."""
     random_init: bool = False
@@ -230,6 +230,13 @@ class Checkpoint(Section):
     """Resume from this step; -1: the newest."""
     async_mode: Literal["disabled", "async"] = "disabled"
     """async: write in the background after a copy to host memory."""
+    export: list[Literal["diffusers", "bfl"]] = []
+    """After the last step, also write its weights for other programs, into job.dump_folder/export/step-N.
+    diffusers: the folder transformer; bfl: a file in Black Forest Labs' layout."""
+    export_dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    """Dtype of the exported weights."""
+    export_ema: bool = False
+    """Export the moving average in place of the weights."""
     force_resume: bool = False
     """Resume although seed, data or batch size have changed."""
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from flux_trainer.config.schema import Encoder
 from flux_trainer.encoders.text import Shard, TextEncoders
-from flux_trainer.models.load_autoencoder import load_autoencoder
+from flux_trainer.hub.autoencoder import load_autoencoder
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,8 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from flux_trainer.config.schema import Encoder
+from flux_trainer.hub.autoencoder import read_config
 from flux_trainer.models.autoencoder import AutoEncoder
-from flux_trainer.models.load_autoencoder import read_config
 from flux_trainer.runtime.live_bytes import LiveBytes, fill_fake
 
 T5_XXL: dict[str, Any] = {
@@ -72,7 +72,7 @@ def footprint(section: Encoder, ranks: int, batch: int, img_size: int) -> Footpr
 
     dtype = getattr(torch, section.autoencoder_dtype)
     with torch.device("meta"):
-        autoencoder = AutoEncoder(read_config(Path(section.autoencoder_path))[0])
+        autoencoder = AutoEncoder(read_config(section.autoencoder_path))
     gathered = (sum(map(prod, root)) + 2 * sum(map(prod, block))) * size if ranks > 1 else 0
     with FakeTensorMode(), torch.no_grad(), LiveBytes() as live:
         fill_fake(autoencoder, dtype)

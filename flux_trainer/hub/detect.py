@@ -55,10 +55,16 @@ def locate(path: str | Path, component: Component = "transformer") -> Place:
     return _newest_step(path) or _component(path, component)
 
 
-def config_beside(place: Place) -> dict[str, Any] | None:
-    """The content of diffusers' `config.json` in the folder of a set of safetensors files."""
-    file = place.path.parent / CONFIG
-    if place.kind != "safetensors" or not file.is_file():
+def config_beside(place: Place) -> tuple[Path, dict[str, Any]] | None:
+    """The JSON file that says which model a set of safetensors files is, and its content.
+
+    It has the name of the weights' file (`ae.json` beside `ae.safetensors`), or is diffusers' `config.json`.
+    """
+    files = [place.path.parent / CONFIG]
+    if place.path.suffix == ".safetensors":
+        files.insert(0, place.path.with_suffix(".json"))
+    file = next((file for file in files if file.is_file()), None)
+    if place.kind != "safetensors" or file is None:
         return None
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
@@ -66,7 +72,7 @@ def config_beside(place: Place) -> dict[str, Any] | None:
         raise WeightsError(f"{file} is not valid JSON: {error}.") from error
     if not isinstance(values, dict):
         raise WeightsError(f"{file} must hold an object.")
-    return values
+    return file, values
 
 
 def _file(path: Path) -> Place:

@@ -15,7 +15,7 @@ from flux_trainer.checkpoint.load import NOT_MODEL, STATE
 from flux_trainer.hub.dcp import DcpFolder
 from flux_trainer.hub.detect import Place, config_beside, locate
 from flux_trainer.hub.errors import WeightsError, grouped
-from flux_trainer.hub.families import FAMILIES, Component, Family, Shapes, family_of
+from flux_trainer.hub.families import FAMILIES, Component, Family, Shapes, config_of, family_of
 from flux_trainer.hub.safetensors_files import SafetensorsFiles
 from flux_trainer.hub.source import Extent, Source
 from flux_trainer.models import keys
@@ -90,6 +90,7 @@ def open_weights(
     *,
     ema: bool = False,
     ahead: bool = False,
+    origin: str = "the model",
 ) -> Weights:
     """Open the weights at `path` and check names and shapes; no values are read.
 
@@ -98,6 +99,7 @@ def open_weights(
         config: which model it must be; found out if None.
         ema: take the moving average that a checkpoint of this trainer holds.
         ahead: all values will be read, tensor by tensor; see `DcpFolder`.
+        origin: what `config` is, for messages.
 
     Raises:
         FileNotFoundError: nothing is there.
@@ -111,7 +113,6 @@ def open_weights(
     candidates = (family_of(config),) if config is not None else FAMILIES
     family, layout, prefix = recognise(place, source, component, candidates)
     names = _own_names(place, source, layout, prefix)
-    origin = "the model"
     if config is None:
         config, origin = _find_config(place, source, family, layout, names)
     entries = family.entries(config, layout)
@@ -170,23 +171,43 @@ def _own_names(place: Place, source: Source, layout: keys.Layout, prefix: str) -
     return names
 
 
+def stated_config(place: Place, source: Source, family: Family) -> tuple[Any, str] | None:
+    """The config that the writer of weights left in or beside them, and where; None if there is none.
+
+    Raises:
+        WeightsError: it is no config of `family`.
+    """
+    note, where = None, f"the config in {STATE}"
+    if place.kind == "checkpoint":
+        note = json.loads((place.path / STATE).read_text(encoding="utf-8")).get("model")
+    elif NOTE in source.metadata:
+        note, where = json.loads(source.metadata[NOTE]), "the config in its header"
+    try:
+        if note is not None:
+            if note["family"] != family.name:
+                raise ValueError(f"family {note['family']}")
+            return family.parse(note["config"]), where
+        if (beside := config_beside(place)) is not None:
+            file, values = beside
+            where = str(file)
+            config = config_of(values)
+            if family_of(config) is not family:
+                raise ValueError(f"it describes a {family_of(config).title}")
+            return config, f"the config in {file.name}"
+    except (KeyError, TypeError, ValueError) as error:
+        raise WeightsError(
+            f"{place.path} holds a {family.title}, but {where} cannot be used: {error}."
+        ) from error
+    return None
+
+
 def _find_config(
     place: Place, source: Source, family: Family, layout: keys.Layout, names: Mapping[str, str]
 ) -> tuple[Any, str]:
     """The config of the model in a file, and in words where it comes from."""
     found = {name: source.tensors[file].shape for name, file in names.items()}
-    if place.kind == "checkpoint":
-        note = json.loads((place.path / STATE).read_text(encoding="utf-8")).get("model")
-        if note is not None:
-            return _of_note(place, family, note), f"the config in {STATE}"
-    if NOTE in source.metadata:
-        return _of_note(place, family, json.loads(source.metadata[NOTE])), "the config in its header"
-    values = config_beside(place)
-    if values is not None:
-        try:
-            return family.diffusers.read(values), "the config.json beside it"
-        except (KeyError, TypeError, ValueError) as error:
-            raise WeightsError(f"{place.path.parent}/config.json: {error!r} for a {family.title}.") from error
+    if stated := stated_config(place, source, family):
+        return stated
     for config in family.flavors.values():
         if keys.shapes(family.entries(config, layout)) == found:
             return config, "its flavor"
@@ -203,17 +224,6 @@ def note(config: Any) -> dict[str, Any]:
     """What files of this trainer say of the model whose config it is."""
     family = family_of(config)
     return {"family": family.name, "config": family.fields(config)}
-
-
-def _of_note(place: Place, family: Family, note: Mapping[str, Any]) -> Any:
-    try:
-        if note["family"] != family.name:
-            raise ValueError(f"family {note['family']}")
-        return family.parse(note["config"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise WeightsError(
-            f"{place.path} does not say which model it holds in a known way: {error}."
-        ) from error
 
 
 def account(path: Path, found: Shapes, expected: Shapes, origin: str) -> None:

@@ -8,7 +8,7 @@ FLUX trains on normalised latents: with z the posterior's mean or a sample of it
 
     latents = scale_factor * (z - shift_factor)
 
-Reading the weights from a file is in `load_autoencoder.py`.
+Reading the weights from a file is in `hub/autoencoder.py`.
 """
 
 from dataclasses import dataclass

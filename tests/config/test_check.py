@@ -135,6 +135,14 @@ def test_a_sound_run_passes_without_remarks(world_size):
             'compile.components = [] is empty, so compile.enable has nothing to do; name "model" or "loss"',
         ),
         (
+            ["--checkpoint.export=bfl"],
+            'checkpoint.export = ["bfl"] needs checkpoint.enable = true: it is made from the last checkpoint',
+        ),
+        (
+            ["--checkpoint.enable", "--checkpoint.export=bfl", "--checkpoint.export_ema"],
+            "checkpoint.export_ema = true needs ema.enable = true, and a format in checkpoint.export",
+        ),
+        (
             ["--checkpoint.load_step=5"],
             "checkpoint.load_step = 5 has no effect without checkpoint.enable = true",
         ),
@@ -214,7 +222,7 @@ def test_what_depends_on_the_number_of_ranks(flags, world_size, line):
                 "--local-dir assets/hf/FLUX.1-dev` brings FLUX's",
             ],
         ),
-        (["--encoder.autoencoder_path=images"], "encoder.autoencoder_path", ["no such file but a folder is"]),
+        (["--encoder.autoencoder_path=images"], "encoder.autoencoder_path", ["a folder without weights"]),
         (
             ["--encoder.t5_encoder=./t5"],
             "encoder.t5_encoder",

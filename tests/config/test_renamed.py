@@ -56,7 +56,6 @@ def test_without_those_keys_they_load_with_their_values(name, tmp_path):
         "job.custom_config_module is ignored",
         'model.name = "flux" is read as "flux1"',
         "checkpoint.last_save_model_only is ignored",
-        "checkpoint.export_dtype is ignored",
         "validation.save_img_count is ignored",
         "validation.all_timesteps is ignored",
     }
@@ -71,7 +70,7 @@ def test_without_those_keys_they_load_with_their_values(name, tmp_path):
 def test_no_listed_key_is_a_key_of_the_schema():
     for key, old in RENAMED.items():
         assert field_at(key.split(".")) is None, key
-        if old.kind == "moved":
+        if old.kind in ("moved", "switch"):
             assert field_at(old.note.split(".")) is not None, old.note
     for key, words in VALUES.items():
         section, name = key.split(".")
@@ -86,6 +85,7 @@ def test_no_listed_key_is_a_key_of_the_schema():
         (["--training.dataloader.num_workers", "4"], "data.num_workers", 4),
         (["--training.dataloader.prefetch-factor=3"], "data.prefetch_factor", 3),
         (["--model.name", "flux"], "model.name", "flux1"),
+        (["--checkpoint.last_save_in_hf"], "checkpoint.export", ["diffusers"]),
         (["--checkpoint.async_mode", "async_with_pinned_mem"], "checkpoint.async_mode", "async"),
     ],
 )
@@ -102,6 +102,8 @@ def test_a_key_of_the_same_meaning_is_translated_with_a_notice(flags, key, value
     [
         ["--checkpoint.no-last-save-model-only"],
         ["--checkpoint.last_save_model_only"],
+        ["--checkpoint.no-last-save-in-hf"],
+        ["--checkpoint.initial_load_in_hf"],
         ["--training.test_mode", "false"],
         ["--training.seq_len", "2048"],
         ["--training.dataloader.pin_memory", "true"],
@@ -124,6 +126,7 @@ def test_a_harmless_key_is_ignored_with_a_notice(flags):
         (["--validation.eval_freq", "5"], "validation.freq"),
         (["--checkpoint.exclude_from_loading", "optimizer"], "checkpoint.initial_load_path"),
         (["--checkpoint.no-initial-load-model-only"], "checkpoint.initial_load_path"),
+        (["--checkpoint.last_save_in_hf", "3"], "checkpoint.export"),
         (["--training.dataset_path", "/x"], "[[data.sources]]"),
         (["--fault_tolerance.enable"], "does not have it"),
         (["--parallelism.expert_parallel_degree", "2"], "FLUX has no experts"),

@@ -8,7 +8,7 @@ import torch
 
 from flux_trainer.config.schema import Encoder
 from flux_trainer.encoders.footprint import CLIP_L, T5_XXL, clip_shapes, footprint, t5_shapes
-from flux_trainer.models.load_autoencoder import load_autoencoder
+from flux_trainer.hub.autoencoder import load_autoencoder
 
 ASSETS = Path(__file__).parents[2] / "assets"
 

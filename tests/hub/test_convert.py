@@ -1,4 +1,4 @@
-"""Conversion: byte-equal round trips through every format, models that diffusers opens, what is refused."""
+"""Conversion: byte-equal round trips through every format, models that diffusers opens, and refusals."""
 
 import dataclasses
 import gzip
@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from flux_trainer.checkpoint.load import verify as verify_checkpoint
 from flux_trainer.hub import convert as convert_module
+from flux_trainer.hub.autoencoder import load_autoencoder
 from flux_trainer.hub.convert import convert
 from flux_trainer.hub.families import family_of
 from flux_trainer.hub.load import load_weights
@@ -139,6 +140,13 @@ def test_the_autoencoder_too(tmp_path):
     assert (theirs.decode(z).sample - ours.decode(io["in.z2"])).abs().max() < 1e-5
     back = go(target, tmp_path / "back.safetensors", "bfl")
     assert same_files(folder / "weights_bfl.safetensors", back)
+    (tmp_path / "pipeline").mkdir()
+    (tmp_path / "pipeline" / "model_index.json").write_text("{}")
+    target.rename(tmp_path / "pipeline" / "vae")
+    for place in (tmp_path / "pipeline", tmp_path / "pipeline" / "vae", back):
+        loaded = load_autoencoder(place)
+        assert loaded.config == config
+        assert all(torch.equal(x, ours.state_dict()[name]) for name, x in loaded.state_dict().items())
 
 
 def test_the_checkpoint_it_writes_starts_a_run(tmp_path):

@@ -9,8 +9,8 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from flux_trainer.hub.autoencoder import load_autoencoder
 from flux_trainer.models.autoencoder import AutoEncoder, AutoEncoderConfig
-from flux_trainer.models.load_autoencoder import load_autoencoder
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "flux1_ae"
 ASSETS = Path(__file__).parents[2] / "assets"
@@ -108,22 +108,22 @@ def test_wrong_parameters_are_named(folder):
     weights["quant_conv.weight"] = torch.zeros(1)
     weights["encoder.conv_in.bias"] = torch.zeros(5)
     save_file(weights, folder / "ae.safetensors")
-    with pytest.raises(ValueError, match=r"that of ae\.json") as error:
+    with pytest.raises(ValueError, match=r"the config in ae\.json") as error:
         load_autoencoder(folder / "ae.safetensors")
-    missing, unknown = "1 missing (decoder.conv_in.bias)", "1 unknown (quant_conv.weight)"
-    for part in (missing, unknown, "1 misshapen (encoder.conv_in.bias (5,) instead of (32,))"):
+    missing, unknown = "1 missing (decoder.conv_in.bias)", "1 unknown (quant_conv.weight"
+    for part in (missing, unknown, "1 misshapen (encoder.conv_in.bias [5] instead of [32])"):
         assert part in str(error.value)
 
 
 def test_without_a_config_the_weights_are_taken_for_flux1s(folder):
     (folder / "ae.json").unlink()
-    with pytest.raises(ValueError, match=r"which is FLUX\.1's \(there is no ae\.json"):
+    with pytest.raises(ValueError, match=r"does not fit FLUX\.1's config"):
         load_autoencoder(folder / "ae.safetensors")
 
 
 def test_damaged_files_are_named(folder):
     (folder / "ae.json").write_text('{"channels": 3}')
-    with pytest.raises(ValueError, match=r"ae\.json must be an object with the fields .*\['channels'\]"):
+    with pytest.raises(ValueError, match=r"ae\.json cannot be used: it has the fields channels"):
         load_autoencoder(folder / "ae.safetensors")
     (folder / "ae.json").write_text("{")
     with pytest.raises(ValueError, match=r"ae\.json is not valid JSON"):
