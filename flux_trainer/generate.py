@@ -8,7 +8,6 @@ from __future__ import annotations
 import gc
 import os
 from collections.abc import Mapping
-from dataclasses import replace
 from itertools import count
 from pathlib import Path
 
@@ -52,7 +51,7 @@ def draw_pictures(order: Order, config: JobConfig) -> None:
     peers.introduce(mesh.place(STAGES_PER_RANK[config.parallelism.pipeline_parallel_schedule]))
     group = data_group(mesh, world)
     model = registry.FLAVORS[config.model.flavor]
-    requests = [_with_guidance(r, model, config.flow.guidance) for r in order.requests]
+    requests = order.requests
     rounds = share_out(requests, group.count, config.inference.local_batch_size)
 
     features = _encode(config, model, mesh, group, requests, rounds)
@@ -94,13 +93,6 @@ def draw_pictures(order: Order, config: JobConfig) -> None:
     if world.rank == 0:
         _report(order, config, [thumbnails[i] for i in range(len(requests))])
     world.close()
-
-
-def _with_guidance(request: Request, model: Flux1Config, default: float) -> Request:
-    """The request with distilled guidance if, and only if, the model takes it."""
-    if not model.guidance_embed:
-        return replace(request, guidance=None)
-    return replace(request, guidance=default) if request.guidance is None else request
 
 
 def _encode(

@@ -17,8 +17,11 @@ from flux_trainer.config.flags import split
 from flux_trainer.config.help import help_text
 from flux_trainer.config.load import ConfigError, load
 from flux_trainer.config.pictures import Order, file_names, read_prompts, requests
+from flux_trainer.config.problems import COMMAND_LINE
 from flux_trainer.config.schema import JobConfig
 from flux_trainer.config.weights import find_weights, scales
+from flux_trainer.models.registry import FLAVORS
+from flux_trainer.parallel.arithmetic import check_sharing
 from flux_trainer.runtime.log import init_logger, logger
 
 _USAGE = """\
@@ -88,6 +91,7 @@ def plan(argv: Sequence[str], world_size: int) -> tuple[Order, JobConfig, list[s
         words += [f"--inference.prompts={toml.value(names[1:])}", "--inference.prompts_path="]
     config, notices, origins = load(words, weights.settings)
     check_generation(config, world_size, origins)
+    check_sharing(config, world_size)
     section = config.inference
     if section.prompts_path == "-" and world_size > 1:
         raise ConfigError(["standard input reaches one process only: give several --inference.prompts_path"])
@@ -96,6 +100,12 @@ def plan(argv: Sequence[str], world_size: int) -> tuple[Order, JobConfig, list[s
         sources = "as arguments, as lines of --inference.prompts_path FILE, or - for standard input's"
         raise ConfigError([f"nothing to draw: give prompts {sources}"])
     steps, guidance, cfg_scale = scales(config.model.flavor)
+    if not FLAVORS[config.model.flavor].guidance_embed:
+        if origins.get("inference.guidance") == COMMAND_LINE:
+            notices.append(f"{config.model.flavor} has no embedding of guidance, so --guidance does nothing")
+        section = section.model_copy(update={"guidance": None})
+    elif guidance is None:
+        guidance = config.flow.guidance
     side = config.training.img_size if weights.belong_to_run else 1024
     wanted = requests(section, prompts, side=side, steps=steps, guidance=guidance, cfg_scale=cfg_scale)
     folder = Path(config.job.dump_folder) / section.save_img_folder

@@ -85,19 +85,32 @@ def cuts(model: Flux1Config, tokens: tuple[int, int], section: Parallelism) -> l
     )
 
 
-def check_mesh(config: JobConfig, world_size: int) -> None:
-    """Refuse a mesh on which the model cannot be shared out, or that cannot run the steps.
+def check_sharing(config: JobConfig, world_size: int) -> dict[str, int]:
+    """Ranks along each dimension of a mesh on which the model can be shared out.
 
     Raises:
-        ConfigError: with the arithmetic.
+        ConfigError: there is no such mesh; with the arithmetic.
     """
     model, section = FLAVORS[config.model.flavor], config.parallelism
     try:
         sizes = degrees(section, world_size)
         check_heads(model, sizes["tp"])
         cuts(model, tokens(config), section)
-        if sizes["pp"] > 1:
-            count = micro_batches(config.training, sizes["dp_replicate"] * sizes["dp_shard"])
-            check_micro_batches(section.pipeline_parallel_schedule, sizes["pp"], count)
     except ValueError as error:
         raise ConfigError([str(error)]) from error
+    return sizes
+
+
+def check_mesh(config: JobConfig, world_size: int) -> None:
+    """Refuse a mesh on which the model cannot be shared out, or that cannot run the steps.
+
+    Raises:
+        ConfigError: with the arithmetic.
+    """
+    sizes = check_sharing(config, world_size)
+    if sizes["pp"] > 1:
+        count = micro_batches(config.training, sizes["dp_replicate"] * sizes["dp_shard"])
+        try:
+            check_micro_batches(config.parallelism.pipeline_parallel_schedule, sizes["pp"], count)
+        except ValueError as error:
+            raise ConfigError([str(error)]) from error

@@ -9,6 +9,7 @@ import os
 import shlex
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from flux_trainer import __version__
 from flux_trainer.cli.generate import ALIASES, plan
 from flux_trainer.cli.main import main
 from flux_trainer.config.load import ConfigError
+from flux_trainer.models.registry import FLAVORS
 
 PROMPTS = ["a red apple", "a dog, asleep", "überall"]
 
@@ -42,9 +44,7 @@ def train(folder: Path) -> list[np.ndarray]:
 
 def generate(folder: Path, *words: str) -> list[str]:
     """Draw from the run in `folder`; returns what the console shows."""
-    from flux_trainer.models import registry
-
-    registry.FLAVORS["flux-tiny"] = MODEL
+    FLAVORS["flux-tiny"] = MODEL
     sys.stderr = io.StringIO()
     try:
         assert main(["generate", str(folder / "run"), *words]) == 0, sys.stderr.getvalue()
@@ -203,6 +203,7 @@ def test_prompts_come_from_a_file_or_from_standard_input(run, tmp_path, monkeypa
 
 
 def test_short_flags_and_where_pictures_go(run, tmp_path, monkeypatch):
+    monkeypatch.setitem(FLAVORS, "flux-tiny", MODEL)
     monkeypatch.chdir(tmp_path)
     folder = run[0] / "run"
     words = {
@@ -227,6 +228,23 @@ def test_short_flags_and_where_pictures_go(run, tmp_path, monkeypatch):
     assert order.paths == [folder / "inference_results/001_a_16x16_seed0.png"]
     order, _, _ = plan([str(folder / "checkpoint/step-2"), "a"], 1)
     assert order.paths == [folder / "inference_results/001_a_16x16_seed0.png"]
+
+
+def test_guidance_that_a_model_has_no_use_for_is_not_in_its_pictures(run, monkeypatch):
+    monkeypatch.setitem(FLAVORS, "flux-tiny", replace(MODEL, guidance_embed=False))
+    order, _, notices = plan([str(run[0] / "run"), "a", "--guidance", "3"], 1)
+    assert order.requests[0].guidance is None
+    assert notices == ["flux-tiny has no embedding of guidance, so --guidance does nothing"]
+    order, _, notices = plan([str(run[0] / "run"), "a"], 1)
+    assert order.requests[0].guidance is None
+    assert notices == []
+
+
+def test_an_impossible_mesh_is_refused(run):
+    with pytest.raises(ConfigError, match="attention heads cannot be shared out evenly"):
+        plan([str(run[0] / "run"), "a", "--parallelism.tensor_parallel_degree=3"], 3)
+    # What a pipeline's steps of training need does not matter.
+    plan([str(run[0] / "run"), "a", "--parallelism.pipeline_parallel_degree=2"], 2)
 
 
 def test_torchrun_hands_the_short_flags_on():
