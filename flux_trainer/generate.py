@@ -12,16 +12,14 @@ from itertools import count
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
-from flux_trainer.checkpoint.load import load_model, verify
-from flux_trainer.checkpoint.tensors import read_tensors
 from flux_trainer.config.pictures import Order, Request, metadata
 from flux_trainer.config.schema import ActivationCheckpoint, JobConfig
 from flux_trainer.encoders.bundle import Codec
 from flux_trainer.encoders.text import TextEncoders, TextFeatures
+from flux_trainer.hub.load import load_weights
 from flux_trainer.metrics.pictures import grid, thumbnail, to_image
 from flux_trainer.metrics.progress import Progress
 from flux_trainer.models import registry
@@ -31,7 +29,6 @@ from flux_trainer.parallel.mesh import DataGroup, Mesh, build_mesh, data_group
 from flux_trainer.parallel.stages import STAGES_PER_RANK
 from flux_trainer.runtime import peers
 from flux_trainer.runtime.dist import init_distributed, set_deterministic
-from flux_trainer.runtime.layout import Layouts
 from flux_trainer.runtime.log import logger
 from flux_trainer.sample import Round, batch_of, draw, encode_prompts, share_out
 from flux_trainer.velocity import Velocity, check_features, shared_encoder
@@ -61,7 +58,15 @@ def draw_pictures(order: Order, config: JobConfig) -> None:
     dtype: torch.dtype = getattr(torch, config.training.mixed_precision_param)
     parallel = _transformer(config, mesh, world.device, dtype, requests)
     parameters = {name: p.detach() for part in parallel.parts for name, p in part.named_parameters()}
-    _fill(order.weights, parameters, world.checkpoint, parallel.layouts, config.inference.ema)
+    what = load_weights(
+        order.weights,
+        parameters,
+        world.checkpoint,
+        parallel.layouts,
+        config=model,
+        ema=config.inference.ema,
+    )
+    logger.info(f"Drawing with {what}")
     codec = Codec(config.encoder, world.device)
 
     velocity = Velocity(parallel, model, world.device)
@@ -128,21 +133,6 @@ def _transformer(
     for part in parallel.parts:
         part.to_empty(device=device)
     return parallel
-
-
-def _fill(
-    path: Path,
-    parameters: Mapping[str, Tensor],
-    group: dist.ProcessGroup,
-    layouts: Layouts,
-    ema: bool,
-) -> None:
-    """Give this rank's parameters their values from `path`."""
-    if ema:
-        verify(path, group)
-        read_tensors(path, {f"ema.{name}": p for name, p in parameters.items()}, group, layouts)
-    else:
-        load_model(path, parameters, group, layouts)
 
 
 def _work(request: Request) -> int:

@@ -7,6 +7,7 @@ import io
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -16,15 +17,17 @@ from typing import Any
 import numpy as np
 import pytest
 from helpers.ranks import run_ranks
-from helpers.tiny_run import MODEL, ROOT, TinyTrainer, tiny_config
+from helpers.tiny_run import MODEL, ROOT, TinyTrainer, tiny_config, write_assets
 from PIL import Image
 
 from flux_trainer import __version__
 from flux_trainer.cli.generate import ALIASES, plan
 from flux_trainer.cli.main import main
 from flux_trainer.config.load import ConfigError
+from flux_trainer.models.configs import Flux1Config
 from flux_trainer.models.registry import FLAVORS
 
+GOLDEN = ROOT / "tests/golden/flux1_A"
 PROMPTS = ["a red apple", "a dog, asleep", "überall"]
 
 
@@ -334,6 +337,55 @@ def test_published_weights_bring_their_settings(tmp_path):
     (tmp_path / "cut.safetensors").write_bytes(b"\xff" * 20)
     with pytest.raises(ConfigError, match=r"cut\.safetensors: not a safetensors file, or cut off"):
         plan([str(tmp_path / "cut.safetensors"), "a"], 1)
+
+
+def from_published(words: list[str]) -> list[str]:
+    """Draw with the golden model in FLUX.1-dev's place; returns what the console shows."""
+    config = json.loads((GOLDEN / "config.json").read_text())["bfl"]
+    FLAVORS["flux-dev"] = Flux1Config(**config)
+    sys.stderr = io.StringIO()
+    try:
+        assert main(["generate", *words]) == 0, sys.stderr.getvalue()
+        return sys.stderr.getvalue().splitlines()
+    finally:
+        sys.stderr = sys.__stderr__
+
+
+def test_published_layouts_draw_the_same(tmp_path):
+    """The same weights as BFL's file and as diffusers' folder, with the encoders that lie beside them."""
+    write_assets(tmp_path)
+    folder = tmp_path / "FLUX.1-dev"
+    (folder / "transformer").mkdir(parents=True)
+    for part, name, width in (
+        ("text_encoder_2", "t5", {"d_model": 40}),
+        ("text_encoder", "clip", {"hidden_size": 32}),
+    ):
+        config = json.loads((tmp_path / name / "config.json").read_text())
+        (folder / part).mkdir()
+        (folder / part / "config.json").write_text(json.dumps(config | width))
+    for file in ("ae.safetensors", "ae.json"):
+        shutil.copy(tmp_path / file, folder)
+    config = json.loads((GOLDEN / "config.json").read_text())["diffusers"]
+    (folder / "model_index.json").write_text("{}")
+    (folder / "transformer/config.json").write_text(
+        json.dumps({"_class_name": "FluxTransformer2DModel", **config})
+    )
+    shutil.copy(
+        GOLDEN / "weights_diffusers.safetensors", folder / "transformer/diffusion_pytorch_model.safetensors"
+    )
+    shutil.copy(GOLDEN / "weights_bfl.safetensors", folder / "flux1-dev.safetensors")
+
+    flags = ["--size=32x16", "--steps=2", "--encoder.random_init", "--encoder.dtype=float32"]
+    flags += ["--training.mixed_precision_param=float32"]
+    flags += [f"--encoder.{name}_tokenizer={ROOT / 'assets/tokenizers' / name}" for name in ("t5", "clip")]
+    drawn = {}
+    for kind, weights in (("bfl", folder / "flux1-dev.safetensors"), ("diffusers", folder)):
+        out = tmp_path / kind
+        lines = run_ranks(1, from_published, [str(weights), "a", "--out", str(out), *flags])[0]
+        assert any("Drawing with FLUX.1" in line for line in lines), lines
+        [drawn[kind]] = pictures(out).values()
+    assert np.array_equal(drawn["bfl"], drawn["diffusers"])
+    assert drawn["bfl"].std() > 5
 
 
 def test_the_readme_command_draws_from_the_readme_run(run, tmp_path, monkeypatch):
