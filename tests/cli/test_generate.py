@@ -24,6 +24,9 @@ from flux_trainer import __version__
 from flux_trainer.cli.generate import ALIASES, plan
 from flux_trainer.cli.main import main
 from flux_trainer.config.load import ConfigError
+from flux_trainer.hub.convert import convert
+from flux_trainer.hub.weights import open_weights
+from flux_trainer.models.autoencoder import AutoEncoderConfig
 from flux_trainer.models.configs import Flux1Config
 from flux_trainer.models.registry import FLAVORS
 
@@ -380,6 +383,10 @@ def test_published_layouts_draw_the_same(tmp_path):
     flags += [f"--encoder.{name}_tokenizer={ROOT / 'assets/tokenizers' / name}" for name in ("t5", "clip")]
     drawn = {}
     for kind, weights in (("bfl", folder / "flux1-dev.safetensors"), ("diffusers", folder)):
+        if kind == "diffusers":  # with its own autoencoder too
+            config = AutoEncoderConfig(**json.loads((folder / "ae.json").read_text()))
+            convert(open_weights(folder / "ae.safetensors", "vae", config), folder / "vae", "diffusers")
+            (folder / "ae.safetensors").unlink()
         out = tmp_path / kind
         lines = run_ranks(1, from_published, [str(weights), "a", "--out", str(out), *flags])[0]
         assert any("Drawing with FLUX.1" in line for line in lines), lines
