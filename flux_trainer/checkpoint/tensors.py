@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.filesystem import FileSystemWriter
+from torch.distributed.checkpoint.filesystem import FileSystemWriter, _StorageInfo
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.state_dict_loader import load
@@ -58,6 +58,22 @@ class _Writer(FileSystemWriter):
             raise cause or error from error
 
 
+class _StreamWriter(FileSystemWriter):
+    """Writes one file, tensor after tensor. DCP's own way keeps all tensors of a file until its end."""
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        name, results = f"{plan.storage_data.prefix}0.distcp", []
+        with open(Path(self.path) / name, "wb") as file:
+            for item in plan.items:
+                start = file.tell()
+                torch.save(planner.resolve_data(item), file)
+                size = file.tell() - start
+                results.append(WriteResult(item.index, size, _StorageInfo(name, start, size)))
+        future: Future[list[WriteResult]] = Future()
+        future.set_result(results)
+        return future
+
+
 def write_tensors(
     path: Path,
     tensors: Tensors,
@@ -95,7 +111,7 @@ def stream_tensors(path: Path, outlines: Tensors, read: Callable[[str], Tensor])
     Raises:
         CheckpointError: they cannot be written, or read.
     """
-    writer = _Writer(path, sync_files=False, thread_count=1, per_thread_copy_ahead=0)
+    writer = _StreamWriter(path, sync_files=False)
     with _dcp(f"writing {path}", None):
         save({}, storage_writer=writer, planner=StreamPlan(parts_of(outlines, WHOLE), read), no_dist=True)
 

@@ -71,6 +71,11 @@ class Conversion:
     def whole(self, name: str) -> Tensor:
         """The tensor."""
         stored = self.tensors[name]
+        if len(self._parts[name]) == 1:
+            ((native, run),) = self._parts[name]
+            pieces = [values for values, _ in self.weights.rows(native, run.native, run.length)]
+            if len(pieces) == 1 and pieces[0].untyped_storage().nbytes() == pieces[0].nbytes:
+                return cast(pieces[0], stored.dtype, name)  # no copy: it has a storage of its own
         tensor = torch.empty(stored.shape, dtype=stored.dtype)
         row = 0
         for block, _ in self.blocks(name):

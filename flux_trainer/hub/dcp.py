@@ -44,12 +44,15 @@ class DcpFolder:
         self.companions: list[str] = []
         """Entries that are no tensors."""
         self.tensors: dict[str, Stored] = {}
+        self._single: set[str] = set()  # tensors of one chunk
         problems = []
         for name, entry in self._table.state_dict_metadata.items():
             if not isinstance(entry, TensorStorageMetadata):
                 self.companions.append(name)
             elif name.startswith(prefix):
                 self.tensors[name.removeprefix(prefix)] = Stored(tuple(entry.size), entry.properties.dtype)
+                if len(entry.chunks) == 1:
+                    self._single.add(name.removeprefix(prefix))
                 if sum(chunk.sizes.numel() for chunk in entry.chunks) != entry.size.numel():
                     problems.append(f"{name} is incomplete")
         needed: dict[str, int] = {}
@@ -81,8 +84,14 @@ class DcpFolder:
 
     def _load(self, name: str, offsets: Sequence[int], sizes: Sequence[int]) -> Tensor:
         stored = self.tensors[name]
-        values = torch.empty(tuple(sizes), dtype=stored.dtype)
         full = self._prefix + name
+        if tuple(sizes) == stored.shape and name in self._single:
+            place = self._table.storage_data[MetadataIndex(full, torch.Size(offsets))]
+            whole = self._reader.read_chunk(place)
+            if whole is not None and whole.dtype == stored.dtype and tuple(whole.shape) == stored.shape:
+                self.bytes_read += whole.nbytes
+                return whole
+        values = torch.empty(tuple(sizes), dtype=stored.dtype)
         chunk = ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes))
         plan = ReadPlan(
             {MetadataIndex(full, chunk.offsets): Part(full, torch.Size(stored.shape), chunk, values)}

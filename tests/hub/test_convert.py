@@ -3,6 +3,7 @@
 import dataclasses
 import gzip
 import json
+import zlib
 from pathlib import Path
 
 import pytest
@@ -13,10 +14,12 @@ from safetensors.torch import load_file, save_file
 
 from flux_trainer.checkpoint.load import verify as verify_checkpoint
 from flux_trainer.hub import convert as convert_module
+from flux_trainer.hub import write
 from flux_trainer.hub.autoencoder import load_autoencoder
 from flux_trainer.hub.convert import convert
 from flux_trainer.hub.families import family_of
 from flux_trainer.hub.load import load_weights
+from flux_trainer.hub.safetensors_files import read_header
 from flux_trainer.hub.weights import open_weights
 from flux_trainer.models.autoencoder import AutoEncoder, AutoEncoderConfig
 from flux_trainer.models.flux1 import Flux1Model
@@ -242,3 +245,13 @@ def test_a_full_disk_is_noticed_before_and_leaves_nothing(tmp_path, monkeypatch)
     with pytest.raises(OSError, match="no room"):
         go(source, tmp_path / "out", "diffusers", config=weights_files.CONFIG)
     assert [path.name for path in tmp_path.iterdir()] == [source.name]
+
+
+@pytest.mark.parametrize("supported", [True, False])
+def test_with_and_without_the_kernels_copying(supported, tmp_path, monkeypatch):
+    if not supported:
+        monkeypatch.delattr("os.copy_file_range", raising=False)
+    target = go(weights_files.diffusers(tmp_path), tmp_path / "a.safetensors", "bfl")
+    assert same_files(weights_files.EPS / "weights_bfl.safetensors", target)
+    header = read_header(target)
+    assert header.metadata[write.CHECKSUM] == f"{zlib.crc32(target.read_bytes()[header.start :]):08x}"

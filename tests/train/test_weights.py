@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 from flux_trainer.hub.weights import open_weights
 from flux_trainer.models import keys
+from flux_trainer.models.registry import FLAVORS
 
 FLAGS = ("--training.steps=2", "--checkpoint.enable", "--checkpoint.export_dtype=float32")
 WIDE = dataclasses.replace(tiny_run.MODEL, mlp_ratio=4.0)  # diffusers has no other ratio
@@ -19,6 +20,7 @@ WIDE = dataclasses.replace(tiny_run.MODEL, mlp_ratio=4.0)  # diffusers has no ot
 @pytest.fixture(autouse=True)
 def wide(monkeypatch):
     monkeypatch.setattr(tiny_run, "MODEL", WIDE)
+    monkeypatch.setitem(FLAVORS, "flux-tiny", WIDE)  # TinyTrainer sets it; put back afterwards
 
 
 def parameters(trainer):
