@@ -71,12 +71,14 @@ def draw_pictures(order: Order, config: JobConfig) -> None:
 
     velocity = Velocity(parallel, model, world.device)
     total = sum(_work(requests[i]) for batches in rounds for i in batch_of(batches, group.number))
-    progress = Progress(total if world.rank == 0 else 0)
+    progress, done = Progress(shown=world.rank == 0), 0
     thumbnails: dict[int, Tensor] = {}
 
     def predict(x_t: Tensor, *others: Tensor | None) -> Tensor:
+        nonlocal done
         v = velocity(x_t, *others)  # type: ignore[arg-type]
-        progress.advance(x_t.numel(), f"{len(thumbnails)} of {len(requests)} pictures")
+        done += x_t.numel()
+        progress.show(done, total, f"{len(thumbnails)} of {len(requests)} pictures")
         return v
 
     pictures = draw(

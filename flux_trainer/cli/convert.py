@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
-from flux_trainer.cli.progress import Progress
 from flux_trainer.cli.verify import add_model_arguments, chosen_config
 
 _DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
@@ -69,6 +68,7 @@ def _convert(args: argparse.Namespace) -> int:
     from flux_trainer.hub.convert import convert
     from flux_trainer.hub.detect import locate
     from flux_trainer.hub.weights import open_weights
+    from flux_trainer.metrics.progress import Progress
 
     dtype = getattr(torch, _DTYPES[args.dtype]) if args.dtype != "keep" else None
     try:
@@ -79,8 +79,13 @@ def _convert(args: argparse.Namespace) -> int:
         if place.kind == "checkpoint":
             print("checking its hashes ...", file=sys.stderr)
             verify(place.path)
-        with Progress(f"writing {args.target}") as progress:
-            convert(weights, args.target, args.to, dtype, overwrite=args.overwrite, progress=progress)
+        progress = Progress()
+
+        def show(done: int, total: int) -> None:
+            progress.show(done, total, f"{done / 1e9:.3g} of {total / 1e9:.3g} GB")
+
+        convert(weights, args.target, args.to, dtype, overwrite=args.overwrite, progress=show)
+        progress.close()
     except (CheckpointError, OSError, ValueError) as error:
         print(f"flux-trainer convert: {error}", file=sys.stderr)
         return 1

@@ -12,29 +12,25 @@ ON_TERMINAL, IN_FILE = 0.2, 10.0  # seconds between lines
 
 
 class Progress:
-    """Counts work in any unit; on a terminal it redraws its line, elsewhere it writes one now and then."""
+    """On a terminal it redraws its line, elsewhere it writes one now and then."""
 
-    def __init__(self, total: float, stream: TextIO | None = None) -> None:
-        """total: all the work; nothing is shown if it is 0."""
-        self.total = total
-        self.done = 0.0
+    def __init__(self, shown: bool = True, stream: TextIO | None = None) -> None:
+        self.shown = shown
         self.stream = stream or sys.stderr
         self.terminal = self.stream.isatty()
-        self.start = self.shown = time.monotonic()
+        self.start = self.last = time.monotonic()
 
-    def advance(self, work: float, what: str) -> None:
-        """`work` more is done; `what` says in words how far that is."""
-        self.done += work
+    def show(self, done: float, total: float, what: str) -> None:
+        """`done` of `total` is done, in any unit; `what` says in words how far that is."""
         now = time.monotonic()
-        if self.total and now - self.shown >= (ON_TERMINAL if self.terminal else IN_FILE):
-            self.shown = now
-            self.write(self.line(what, now - self.start))
+        if self.shown and done and now - self.last >= (ON_TERMINAL if self.terminal else IN_FILE):
+            self.last = now
+            self.write(self.line(done / total, what, now - self.start))
 
-    def line(self, what: str, elapsed: float) -> str:
+    def line(self, share: float, what: str, elapsed: float) -> str:
         """`3 of 8 pictures, 41 %, 0:12 gone, 0:17 left`."""
-        left = elapsed * (self.total - self.done) / self.done
-        share = 100 * self.done / self.total
-        return f"{what}, {share:.0f} %, {duration(elapsed).strip()} gone, {duration(left).strip()} left"
+        left = elapsed * (1 - share) / share
+        return f"{what}, {100 * share:.0f} %, {duration(elapsed).strip()} gone, {duration(left).strip()} left"
 
     def write(self, line: str) -> None:
         """Show a line; on a terminal in place of the last one."""
@@ -43,5 +39,5 @@ class Progress:
 
     def close(self) -> None:
         """Take the line away from the terminal."""
-        if self.total and self.terminal:
+        if self.shown and self.terminal:
             self.write("")

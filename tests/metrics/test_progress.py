@@ -22,11 +22,11 @@ def clock(monkeypatch):
 
 def test_a_terminals_line_is_redrawn_and_taken_away(clock):
     stream = Terminal()
-    shown = Progress(8, stream)
+    shown = Progress(stream=stream)
     clock[0] += 20
-    shown.advance(2, "1 of 4 pictures")
+    shown.show(2, 8, "1 of 4 pictures")
     assert stream.getvalue() == "\r\x1b[K1 of 4 pictures, 25 %, 0:20 gone, 1:00 left"
-    shown.advance(2, "2 of 4 pictures")  # at the same moment
+    shown.show(4, 8, "2 of 4 pictures")  # at the same moment
     assert "2 of 4" not in stream.getvalue()
     shown.close()
     assert stream.getvalue().endswith("\r\x1b[K")
@@ -34,10 +34,10 @@ def test_a_terminals_line_is_redrawn_and_taken_away(clock):
 
 def test_a_file_gets_a_line_now_and_then(clock):
     stream = io.StringIO()
-    shown = Progress(100, stream)
-    for _ in range(100):
+    shown = Progress(stream=stream)
+    for done in range(1, 101):
         clock[0] += 0.5
-        shown.advance(1, "x")
+        shown.show(done, 100, "x")
     shown.close()
     lines = stream.getvalue().splitlines()
     assert len(lines) == 5
@@ -46,8 +46,8 @@ def test_a_file_gets_a_line_now_and_then(clock):
 
 def test_ranks_without_work_to_show_are_silent(clock):
     stream = Terminal()
-    shown = Progress(0, stream)
+    shown = Progress(shown=False, stream=stream)
     clock[0] += 20
-    shown.advance(2, "x")
+    shown.show(2, 8, "x")
     shown.close()
     assert stream.getvalue() == ""
