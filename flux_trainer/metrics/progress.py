@@ -23,7 +23,8 @@ class Progress:
     def show(self, done: float, total: float, what: str) -> None:
         """`done` of `total` is done, in any unit; `what` says in words how far that is."""
         now = time.monotonic()
-        if self.shown and done and now - self.last >= (ON_TERMINAL if self.terminal else IN_FILE):
+        due = done == total or now - self.last >= (ON_TERMINAL if self.terminal else IN_FILE)
+        if self.shown and done and due:
             self.last = now
             self.write(self.line(done / total, what, now - self.start))
 

@@ -34,7 +34,7 @@ def test_convert_and_verify(tmp_path, config, capsys):
     assert main(["convert", str(source), str(target), "--config", str(config), "--dtype", "bf16"]) == 0
     said = capsys.readouterr().err
     assert "FLUX.1 transformer in Black Forest Labs' layout, float32" in said
-    assert "100 % of" in said
+    assert "GB, 100 %" in said
     assert main(["verify", str(target)]) == 0
     page = capsys.readouterr().out
     for part in (
