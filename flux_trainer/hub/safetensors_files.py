@@ -57,8 +57,7 @@ def read_header(path: Path) -> Header:
     for name, (dtype, shape, (first, last)) in sorted(records.items(), key=lambda item: item[1][2]):
         if dtype not in DTYPES:
             raise WeightsError(
-                f"{path}: {name} has dtype {dtype}; weights in {', '.join(DTYPES)} can be read. "
-                "Quantised files of other programs hold other numbers than the model's."
+                f"{path}: {name} has dtype {dtype}, which torch has no name for. Fetch a file in bfloat16."
             )
         expected = torch.Size(shape).numel() * DTYPES[dtype].itemsize
         if first != end or last - first != expected:

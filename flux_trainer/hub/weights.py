@@ -117,6 +117,12 @@ def open_weights(
         config, origin = _find_config(place, source, family, layout, names)
     entries = family.entries(config, layout)
     account(place.path, {n: source.tensors[f].shape for n, f in names.items()}, keys.shapes(entries), origin)
+    odd = [name for name, file in names.items() if not source.tensors[file].dtype.is_floating_point]
+    if odd:
+        raise WeightsError(
+            f"{place.path} holds whole numbers in {', '.join(grouped(odd))}: quantised weights, which other "
+            "programs turn into the model's. Fetch the file they were made from."
+        )
     return Weights(place, family, config, layout, prefix, entries, source, names)
 
 

@@ -61,7 +61,10 @@ def sharded(folder: Path) -> Path:
 def comfy(folder: Path) -> Path:
     """All of a pipeline in one file, norms as `.weight`."""
     weights = {f"model.diffusion_model.{torchtitan_name(name)}": x for name, x in native().items()}
-    weights |= {"vae.encoder.conv_in.weight": torch.zeros(1), "text_encoders.clip_l.x": torch.zeros(1)}
+    weights |= {
+        "vae.encoder.conv_in.weight": torch.zeros(1),
+        "text_encoders.clip_l.position_ids": torch.arange(3),
+    }
     save_file(weights, folder / "comfy.safetensors")
     return folder / "comfy.safetensors"
 

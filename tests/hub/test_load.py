@@ -156,6 +156,14 @@ def test_everything_that_differs_is_named(tmp_path):
         assert part in str(error.value)
 
 
+def test_quantised_weights_are_refused(tmp_path):
+    weights = weights_files.native()
+    weights["txt_in.weight"] = weights["txt_in.weight"].to(torch.int8)
+    save_file(weights, tmp_path / "x.safetensors")
+    with pytest.raises(ValueError, match=r"whole numbers in txt_in\.weight"):
+        load_weights(tmp_path / "x.safetensors", empty(), config=CONFIG)
+
+
 def test_a_damaged_checkpoint_of_ours_is_found(tmp_path):
     path = weights_files.own(tmp_path) / "checkpoint" / "step-10"
     file = next(path.glob("*.distcp"))
