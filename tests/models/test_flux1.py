@@ -2,10 +2,11 @@
 
 import json
 import sys
-from pathlib import Path
 
 import pytest
 import torch
+from helpers import golden
+from helpers.golden import GOLDEN, as_matrices, assert_activations, assert_within
 from safetensors.torch import load_file
 
 from flux_trainer.flow.euler import euler
@@ -16,26 +17,16 @@ from flux_trainer.models.configs import Flux1Config
 from flux_trainer.models.flux1 import Flux1Model
 from flux_trainer.models.layers import timestep_embedding
 
-GOLDEN = Path(__file__).parents[1] / "golden"
 CASES = ["flux1_A", "flux1_eps"]
 
 
 def load_case(case: str) -> tuple[Flux1Model, dict[str, torch.Tensor]]:
-    config = Flux1Config(**json.loads((GOLDEN / case / "config.json").read_text())["bfl"])
-    model = Flux1Model(config)
-    model.load_state_dict(load_file(GOLDEN / case / "weights_bfl.safetensors"), strict=True)
-    return model, load_file(GOLDEN / case / "io.safetensors")
+    return golden.load_case(case, Flux1Model, Flux1Config)
 
 
 def inputs(io: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     names = ("img", "img_ids", "txt", "txt_ids", "timesteps", "y", "guidance")
     return {name: io[f"in.{name}"].clone() for name in names}
-
-
-def assert_within(actual: torch.Tensor, expected: torch.Tensor, name: str) -> None:
-    """Largest difference at most 2e-5 of the largest entry."""
-    error, largest = (actual - expected).abs().max().item(), expected.abs().max().item()
-    assert error <= 2e-5 * largest, f"{name}: off by {error:.2e}, largest entry {largest:.2e}"
 
 
 @pytest.fixture(params=["short", "long"])
@@ -48,39 +39,18 @@ def either_kernel(request, monkeypatch):
 @pytest.mark.parametrize("case", CASES)
 def test_outputs_and_activations(case, either_kernel):
     model, io = load_case(case)
-    seen: dict[str, torch.Tensor] = {}
-
-    def keep(name):
-        def hook(module, args, output):
-            if isinstance(output, tuple):
-                seen[f"{name}.img"], seen[f"{name}.txt"] = output
-            else:
-                seen[name] = output
-
-        return hook
-
-    for name, module in [("img_in", model.img_in), ("txt_in", model.txt_in), *model.blocks()]:
-        module.register_forward_hook(keep(name))
-    model.final_layer.register_forward_pre_hook(lambda module, args: seen.update(vec=args[1]))
+    seen = golden.record(model)
     with torch.no_grad():
         out = model(**inputs(io))
     torch.testing.assert_close(out, io["out"], atol=2e-5, rtol=0)
-    expected = {key.removeprefix("act."): value for key, value in io.items() if key.startswith("act.")}
-    table = expected.pop("pe")
-    assert seen.keys() == expected.keys()
-    for name, value in expected.items():
-        torch.testing.assert_close(seen[name], value, atol=2e-5, rtol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
-
+    assert_activations(seen, io)
     ids = torch.cat((io["in.txt_ids"], io["in.img_ids"]), dim=1)
     torch.testing.assert_close(
-        as_matrices(rope_table(ids, model.config.axes_dim, model.config.theta)), table, atol=2e-7, rtol=0
+        as_matrices(rope_table(ids, model.config.axes_dim, model.config.theta)),
+        io["act.pe"],
+        atol=2e-7,
+        rtol=0,
     )
-
-
-def as_matrices(table: torch.Tensor) -> torch.Tensor:
-    """Our [B, L, 1, D/2, 2] as BFL's rotation matrices [B, 1, L, D/2, 2, 2]."""
-    cos, sin = table.transpose(1, 2).unbind(-1)
-    return torch.stack((cos, -sin, sin, cos), dim=-1).unflatten(-1, (2, 2))
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -95,7 +65,7 @@ def test_gradients(case, compiling, either_kernel, monkeypatch):
     out = model(**arguments)
     (out * io["probe"]).sum().backward()
     torch.testing.assert_close(out, io["out"], atol=2e-5, rtol=0)
-    expected = load_file(GOLDEN / case / "grads_bfl.safetensors")
+    expected = golden.gradients(case)
     actual = {name: p.grad for name, p in model.named_parameters()}
     assert actual.keys() == expected.keys()
     for name in expected:
