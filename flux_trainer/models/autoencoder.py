@@ -8,7 +8,8 @@ FLUX trains on normalised latents: with z the posterior's mean or a sample of it
 
     latents = scale_factor * (z - shift_factor)
 
-Reading the weights from a file is in `hub/autoencoder.py`.
+FLUX.2's, in `autoencoder2.py`, is built of the same parts. Reading the weights from a file is in
+`hub/autoencoder.py`.
 """
 
 from dataclasses import dataclass
@@ -20,8 +21,8 @@ from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
-class AutoEncoderConfig:
-    """Field names of BFL's `AutoEncoderParams`; the defaults are those of FLUX.1's published autoencoder."""
+class AutoEncoderSizes:
+    """What FLUX.1's and FLUX.2's autoencoders have in common; field names of BFL's `AutoEncoderParams`."""
 
     resolution: int = 256
     in_channels: int = 3
@@ -30,20 +31,40 @@ class AutoEncoderConfig:
     ch_mult: tuple[int, ...] = (1, 2, 4, 4)
     num_res_blocks: int = 2
     z_channels: int = 16
-    scale_factor: float = 0.3611
-    shift_factor: float = 0.1159
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "ch_mult", tuple(self.ch_mult))  # a list when the config was read from JSON
         if self.ch % 32:
             raise ValueError(
-                f"AutoEncoderConfig.ch is {self.ch}, but GroupNorm has 32 groups: use a multiple of 32."
+                f"{type(self).__name__}.ch is {self.ch}, but GroupNorm has 32 groups: use a multiple of 32."
             )
 
     @property
     def downsampling(self) -> int:
         """Pixels per latent along each side (8 for FLUX.1)."""
         return int(2 ** (len(self.ch_mult) - 1))
+
+    @property
+    def latent_channels(self) -> int:
+        """Channels of the latents (16 for FLUX.1)."""
+        return self.z_channels
+
+    def check_sides(self, image: Tensor) -> None:
+        """Raise ValueError unless the sides of an image [..., H, W] are multiples of `downsampling`."""
+        height, width = image.shape[-2:]
+        f = self.downsampling
+        if height % f or width % f:
+            raise ValueError(
+                f"An image of {height}x{width} cannot be encoded: use multiples of {f} for both sides."
+            )
+
+
+@dataclass(frozen=True)
+class AutoEncoderConfig(AutoEncoderSizes):
+    """Of FLUX.1's autoencoder; the defaults are the published one's."""
+
+    scale_factor: float = 0.3611
+    shift_factor: float = 0.1159
 
 
 def _group_norm(channels: int) -> nn.GroupNorm:
@@ -162,7 +183,7 @@ class Middle(nn.Module):
 class Encoder(nn.Module):
     """Image [B, in_channels, H, W] to moments [B, 2*z_channels, H/f, W/f]; `down.0` is full resolution."""
 
-    def __init__(self, config: AutoEncoderConfig) -> None:
+    def __init__(self, config: AutoEncoderSizes) -> None:
         super().__init__()
         widths = [config.ch * m for m in config.ch_mult]
         self.conv_in = nn.Conv2d(config.in_channels, config.ch, kernel_size=3, padding=1)
@@ -186,7 +207,7 @@ class Encoder(nn.Module):
 class Decoder(nn.Module):
     """z [B, z_channels, h, w] to image [B, out_ch, h*f, w*f]; `up.0` is full resolution and comes last."""
 
-    def __init__(self, config: AutoEncoderConfig) -> None:
+    def __init__(self, config: AutoEncoderSizes) -> None:
         super().__init__()
         widths = [config.ch * m for m in config.ch_mult]
         self.conv_in = nn.Conv2d(config.z_channels, widths[-1], kernel_size=3, padding=1)
@@ -228,12 +249,7 @@ class AutoEncoder(nn.Module):
         Raises:
             ValueError: the image's height or width is not a multiple of `config.downsampling`.
         """
-        height, width = image.shape[-2:]
-        f = self.config.downsampling
-        if height % f or width % f:
-            raise ValueError(
-                f"An image of {height}x{width} cannot be encoded: use multiples of {f} for both sides."
-            )
+        self.config.check_sides(image)
         mean, logvar = self.encoder(image).chunk(2, dim=1)
         return mean, logvar.clamp(-30.0, 20.0)
 
