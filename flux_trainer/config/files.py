@@ -18,6 +18,9 @@ _ENCODERS = {
     "clip": "`hf download openai/clip-vit-large-patch14 --include '*.json' --include '*.txt' "
     "--include model.safetensors --local-dir assets/hf/clip-vit-large-patch14` "
     "brings assets/hf/clip-vit-large-patch14",
+    "llm": "`hf download black-forest-labs/FLUX.2-klein-4B --include 'text_encoder/*' "
+    "--include 'tokenizer/*' --local-dir assets/hf/FLUX.2-klein-4B` brings "
+    "assets/hf/FLUX.2-klein-4B/text_encoder (FLUX.2-dev has its own)",
 }
 
 
@@ -63,7 +66,7 @@ def _models(config: JobConfig) -> Iterator[Finding]:
         yield "encoder.autoencoder_path", _not_there(str(path), "file" if path.suffix else "folder") + brings
     elif path.is_dir() and not [*path.glob("*.safetensors"), *path.glob("vae/*.safetensors")]:
         yield "encoder.autoencoder_path", "is a folder without weights: no safetensors file, none in vae/"
-    for key in ("t5_encoder", "clip_encoder", "t5_tokenizer", "clip_tokenizer"):
+    for key in [f"{name}_{part}" for part in ("encoder", "tokenizer") for name in _ENCODERS]:
         name = getattr(config.encoder, key)
         if name and looks_local(name) and not Path(name).expanduser().is_dir():
             yield f"encoder.{key}", _not_there(name, "folder") + "; " + _ENCODERS[key.partition("_")[0]]

@@ -51,6 +51,12 @@ class Encoder(Section):
     """CLIP tokenizer: a local folder or a hub id; empty: the one beside the encoder."""
     max_t5_encoding_len: PositiveInt = 256
     """T5 tokens per caption, padded or cut (512 for FLUX.1-dev, 256 for schnell)."""
+    llm_encoder: str = ""
+    """FLUX.2's language model (Mistral for dev, Qwen3 for klein): a local folder or a hub id."""
+    llm_tokenizer: str = ""
+    """Its tokenizer: a local folder or a hub id; empty: the one beside the encoder."""
+    max_llm_encoding_len: PositiveInt = 512
+    """Its tokens per caption, with those of the chat around it, padded or cut."""
     autoencoder_path: str = "assets/hf/FLUX.1-dev/ae.safetensors"
     """Autoencoder: a file of Black Forest Labs, or a file or folder of diffusers."""
     autoencoder_sample: bool = True

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from flux_trainer.config.schema import Encoder
-from flux_trainer.encoders.text import Shard, TextEncoders
+from flux_trainer.encoders.choose import Kind, text_encoders
+from flux_trainer.encoders.text import Shard
 from flux_trainer.hub.autoencoder import load_autoencoder
 
 
@@ -18,15 +19,16 @@ class Encoded:
     """B encoded samples."""
 
     latents: Tensor
-    """[B, 16, H/8, W/8]: normalised latents of the autoencoder."""
+    """Normalised latents of the autoencoder: [B, 16, H/8, W/8], for FLUX.2 [B, 128, H/16, W/16]."""
     txt: Tensor
-    """[B, L, C]: T5's features."""
-    vec: Tensor
-    """[B, D]: CLIP's pooled features."""
+    """[B, L, C]: the caption's tokens."""
+    vec: Tensor | None
+    """[B, D]: CLIP's pooled features; FLUX.2 has none."""
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Encoded:
         """The same record with `change` applied to every tensor."""
-        return Encoded(change(self.latents), change(self.txt), change(self.vec))
+        vec = None if self.vec is None else change(self.vec)
+        return Encoded(change(self.latents), change(self.txt), vec)
 
     def rows(self, part: slice) -> Encoded:
         """Some of the samples."""
@@ -37,8 +39,12 @@ class Encoded:
         """The samples of several records one after another."""
         if len(parts) == 1:
             return parts[0]
-        columns = zip(*((p.latents, p.txt, p.vec) for p in parts), strict=True)
-        return cls(*(torch.cat(column) for column in columns))
+        vecs = [p.vec for p in parts if p.vec is not None]
+        return cls(
+            torch.cat([p.latents for p in parts]),
+            torch.cat([p.txt for p in parts]),
+            torch.cat(vecs) if vecs else None,
+        )
 
 
 class Codec:
@@ -75,10 +81,17 @@ class Codec:
 class Encoders(Codec):
     """The autoencoder and the text encoders, frozen."""
 
-    def __init__(self, section: Encoder, device: torch.device, seed: int, shard: Shard | None = None) -> None:
-        """See `TextEncoders` for the arguments and the errors."""
+    def __init__(
+        self,
+        section: Encoder,
+        device: torch.device,
+        seed: int,
+        shard: Shard | None = None,
+        kind: Kind = "flux1",
+    ) -> None:
+        """See `text_encoders` for the arguments and the errors."""
         super().__init__(section, device)
-        self.text = TextEncoders(section, device, seed, shard)
+        self.text = text_encoders(section, kind, device, seed, shard)
 
     @torch.no_grad()
     def encode(
@@ -89,7 +102,8 @@ class Encoders(Codec):
         drop_clip: Tensor,
         noise: Tensor | None = None,
     ) -> Encoded:
-        """Encode images (uint8 [B, 3, H, W]) and tokenized captions, dropped where the flags [B] say so.
+        """Encode images (uint8 [B, 3, H, W]) and tokenized captions, dropped where the flags [B] say so
+        (FLUX.2's one encoder goes by `drop_t5`).
 
         `noise` as in `encode_images`.
         """

@@ -25,6 +25,13 @@ HINTS = {
         "--local-dir assets/hf/clip-vit-large-patch14`, then encoder.clip_encoder = "
         '"assets/hf/clip-vit-large-patch14".'
     ),
+    "llm": (
+        "FLUX.2's language model as safetensors, with its tokenizer.json (Mistral's tekken.json is not "
+        "read): `hf download black-forest-labs/FLUX.2-klein-4B --include 'text_encoder/*' "
+        "--include 'tokenizer/*' --local-dir assets/hf/FLUX.2-klein-4B`, then encoder.llm_encoder = "
+        '"assets/hf/FLUX.2-klein-4B/text_encoder"; for klein 9B and dev the same of '
+        "black-forest-labs/FLUX.2-klein-9B and FLUX.2-dev (accept their licences on the hub first)."
+    ),
 }
 """How to get each encoder."""
 
@@ -41,6 +48,8 @@ def locate(spec: str, key: str, files: Sequence[str], hint: str) -> Path:
     Raises:
         FileNotFoundError: there is no such folder, and the hub does not give one.
     """
+    if not spec:
+        raise FileNotFoundError(f"{key} is empty: it must name a folder or a hub id. {hint}")
     folder = Path(spec).expanduser()
     if folder.is_dir():
         return folder

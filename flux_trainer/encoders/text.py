@@ -19,7 +19,7 @@ from flux_trainer.encoders.tokenizers import Tokenizers
 from flux_trainer.encoders.weights import WEIGHT_FILES, Checkpoint, Values, build, fill, random_values
 
 Shard = Callable[[nn.Module, list[nn.Module]], None]
-"""Shards a module in place, block by block: called with T5 and the list of its blocks."""
+"""Shards a module in place, block by block: called with a text encoder and the list of its blocks."""
 
 
 @dataclass(frozen=True)
@@ -27,9 +27,9 @@ class TextFeatures:
     """What the transformer sees of B captions."""
 
     txt: Tensor
-    """[B, L, C]: T5's last hidden states."""
-    vec: Tensor
-    """[B, D]: CLIP's pooled output."""
+    """[B, L, C]: T5's last hidden states; for FLUX.2 three of a language model, side by side."""
+    vec: Tensor | None
+    """[B, D]: CLIP's pooled output; FLUX.2 has none."""
 
 
 class TextEncoders:
@@ -55,17 +55,17 @@ class TextEncoders:
         self.tokenizers = Tokenizers(section)
         dtype: torch.dtype = getattr(torch, section.dtype)
 
-        t5_folder, t5_values = _source("t5", section.t5_encoder, section.random_init)
+        t5_folder, t5_values = source("t5", section.t5_encoder, section.random_init)
         t5_config = T5Config.from_pretrained(t5_folder, local_files_only=True)
-        _check_vocabulary("t5", self.tokenizers.t5, t5_config.vocab_size)
+        check_vocabulary("t5", self.tokenizers.t5, t5_config.vocab_size)
         self.t5 = build(lambda: T5EncoderModel(t5_config), dtype)
         if shard is not None:
             shard(self.t5, list(self.t5.encoder.block))
         fill(self.t5, t5_values or random_values(seed, device, query_scale=t5_config.d_kv**-0.5), device)
 
-        clip_folder, clip_values = _source("clip", section.clip_encoder, section.random_init)
+        clip_folder, clip_values = source("clip", section.clip_encoder, section.random_init)
         clip_config = CLIPTextConfig.from_pretrained(clip_folder, local_files_only=True)
-        _check_vocabulary("clip", self.tokenizers.clip, clip_config.vocab_size)
+        check_vocabulary("clip", self.tokenizers.clip, clip_config.vocab_size)
         self.clip = build(lambda: CLIPTextModel(clip_config), dtype)
         fill(self.clip, clip_values or random_values(seed, device), device)
 
@@ -90,13 +90,15 @@ class TextEncoders:
         """`features` with the rows flagged in `drop_t5`, `drop_clip` (bool [B]) as for the empty prompt."""
         drop_t5 = drop_t5.to(self.device, non_blocking=True)
         drop_clip = drop_clip.to(self.device, non_blocking=True)
+        assert features.vec is not None
+        assert self.empty.vec is not None
         return TextFeatures(
             torch.where(drop_t5[:, None, None], self.empty.txt, features.txt),  # [B, L, C]
             torch.where(drop_clip[:, None], self.empty.vec, features.vec),  # [B, D]
         )
 
 
-def _source(name: str, spec: str, random_init: bool) -> tuple[Path, Values | None]:
+def source(name: str, spec: str, random_init: bool) -> tuple[Path, Values | None]:
     """The folder of an encoder, and its stored weights (None: to be drawn at random)."""
     key, hint = f"encoder.{name}_encoder", HINTS[name]
     folder = locate(spec, key, ("config.json",) if random_init else WEIGHT_FILES, hint)
@@ -105,7 +107,8 @@ def _source(name: str, spec: str, random_init: bool) -> tuple[Path, Values | Non
     return folder, None if random_init else Checkpoint(folder, f"{key} = {spec!r}", hint)
 
 
-def _check_vocabulary(name: str, tokenizer: object, vocab_size: int) -> None:
+def check_vocabulary(name: str, tokenizer: object, vocab_size: int) -> None:
+    """Raises ValueError where the tokenizer has more tokens than the encoder's table."""
     size = len(tokenizer)  # type: ignore[arg-type]
     if size > vocab_size:
         raise ValueError(

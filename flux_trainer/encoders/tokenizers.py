@@ -34,8 +34,8 @@ class Tokenizers:
         """Raises FileNotFoundError, naming the files, where a tokenizer is missing."""
         from transformers import CLIPTokenizerFast, T5TokenizerFast
 
-        t5 = _folder(section.t5_tokenizer, section.t5_encoder, "t5", T5_FILES)
-        clip = _folder(section.clip_tokenizer, section.clip_encoder, "clip", CLIP_FILES)
+        t5 = tokenizer_folder(section.t5_tokenizer, section.t5_encoder, "t5", T5_FILES)
+        clip = tokenizer_folder(section.clip_tokenizer, section.clip_encoder, "clip", CLIP_FILES)
         self.t5: Any = T5TokenizerFast.from_pretrained(t5, local_files_only=True)
         self.clip: Any = CLIPTokenizerFast.from_pretrained(clip, local_files_only=True)
         self.t5_length = section.max_t5_encoding_len
@@ -62,7 +62,7 @@ def _pad(tokenizer: Any, captions: Sequence[str], length: int) -> Tensor:
     return ids
 
 
-def _folder(tokenizer: str, encoder: str, name: str, choices: Sequence[Sequence[str]]) -> Path:
+def tokenizer_folder(tokenizer: str, encoder: str, name: str, choices: Sequence[Sequence[str]]) -> Path:
     """The folder with the tokenizer's files: the given one, or else the encoder's own or its sibling."""
     key, spec = (
         (f"encoder.{name}_tokenizer", tokenizer) if tokenizer else (f"encoder.{name}_encoder", encoder)
@@ -77,8 +77,8 @@ def _folder(tokenizer: str, encoder: str, name: str, choices: Sequence[Sequence[
             return candidate
     needed = " or ".join(" + ".join(files) for files in choices)
     looked = " and ".join(str(candidate.absolute()) for candidate in candidates)
+    ours = f", such as assets/tokenizers/{name}" if name in ("t5", "clip") else ""
     raise FileNotFoundError(
         f"No {needed} of the {name.upper()} tokenizer in {looked} ({key} = {spec!r}). "
-        f"Set encoder.{name}_tokenizer to a folder that has it, such as assets/tokenizers/{name}. "
-        f"{HINTS[name]}"
+        f"Set encoder.{name}_tokenizer to a folder that has it{ours}. {HINTS[name]}"
     )

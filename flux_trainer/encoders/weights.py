@@ -107,6 +107,18 @@ class Checkpoint:
         return value
 
 
+# What may stand in front of a parameter's name in files of whole models: CLIP with its image half, language
+# models with their output layer, and Mistral 3 with its vision tower, in the styles of several years.
+PREFIXES = (
+    "",
+    "text_model.",
+    "model.",
+    "language_model.",
+    "language_model.model.",
+    "model.language_model.",
+)
+
+
 def _names(name: str) -> tuple[str, ...]:
     """The names under which a parameter may be stored; the first does not depend on transformers' version.
 
@@ -116,7 +128,7 @@ def _names(name: str) -> tuple[str, ...]:
     if name in {"shared.weight", "encoder.embed_tokens.weight"}:
         return ("shared.weight", "encoder.embed_tokens.weight")
     bare = name.removeprefix("text_model.")
-    return (bare, f"text_model.{bare}")
+    return tuple(prefix + bare for prefix in PREFIXES)
 
 
 def random_values(seed: int, device: torch.device, query_scale: float = 1.0) -> Values:
@@ -130,7 +142,8 @@ def random_values(seed: int, device: torch.device, query_scale: float = 1.0) -> 
         if len(shape) == 1:
             return torch.zeros(shape) if name.endswith("bias") else torch.ones(shape)
         name = _names(name)[0]
-        embedding = name == "shared.weight" or "embedding" in name or "relative_attention_bias" in name
+        tables = ("shared.weight", "embedding", "embed_tokens", "relative_attention_bias")
+        embedding = any(table in name for table in tables)
         std = 1.0 if embedding else shape[1] ** -0.5
         if name.endswith(".q.weight"):
             std *= query_scale

@@ -1,0 +1,26 @@
+"""The text encoders that belong to a kind of FLUX."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+
+from flux_trainer.config.schema import Encoder
+from flux_trainer.encoders.chat import CHATS
+from flux_trainer.encoders.llm import LLMEncoder
+from flux_trainer.encoders.text import Shard, TextEncoders
+
+Kind = Literal["flux1", "flux2-dev", "flux2-klein"]
+
+
+def text_encoders(
+    section: Encoder, kind: Kind, device: torch.device, seed: int, shard: Shard | None = None
+) -> TextEncoders | LLMEncoder:
+    """T5 and CLIP for FLUX.1, Mistral for FLUX.2 dev, Qwen3 for FLUX.2 klein; one interface.
+
+    Arguments and errors as of `TextEncoders` and `LLMEncoder`.
+    """
+    if kind == "flux1":
+        return TextEncoders(section, device, seed, shard)
+    return LLMEncoder(section, CHATS[kind], device, seed, shard)
