@@ -13,7 +13,7 @@ from flux_trainer.config import toml
 from flux_trainer.config.files import Finding, missing_files, missing_for_pictures
 from flux_trainer.config.pictures import SEED_LIMIT, parse_size
 from flux_trainer.config.problems import ConfigError, origin_of
-from flux_trainer.config.schema import JobConfig
+from flux_trainer.config.schema import FAMILIES, JobConfig
 
 _BITS = {"bfloat16": 16, "float32": 32, "float64": 64}
 
@@ -49,7 +49,8 @@ def check_generation(
     config: JobConfig, world_size: int | None, origins: Mapping[str, str] | None = None
 ) -> None:
     """As `check`, for drawing pictures with the settings: those of data and training do not matter."""
-    findings = [*_parallelism(config, world_size), *_inference(config), *missing_for_pictures(config)]
+    findings = [*_model(config), *_parallelism(config, world_size), *_inference(config)]
+    findings += missing_for_pictures(config)
     if findings:
         raise ConfigError([_line(config, finding, origins or {}) for finding in findings])
 
@@ -133,6 +134,16 @@ def _batch(config: JobConfig, world_size: int | None) -> Iterator[Finding]:
         yield (
             "training.global_batch_size",
             f"is not a multiple of training.local_batch_size {local}{ranks}; try {near}",
+        )
+
+
+def _model(config: JobConfig) -> Iterator[Finding]:
+    name, flavor = config.model.name, config.model.flavor
+    if flavor not in FAMILIES[name]:
+        yield (
+            "model.flavor",
+            f'does not belong to model.name = "{name}", whose flavors are {", ".join(FAMILIES[name])}; '
+            "leave model.name out, and the flavor decides",
         )
 
 
@@ -260,6 +271,7 @@ def _profiling(config: JobConfig) -> Iterator[Finding]:
 
 
 _CHECKS: tuple[Callable[[JobConfig], Iterator[Finding]], ...] = (
+    _model,
     _training,
     _optimizer,
     _sources,

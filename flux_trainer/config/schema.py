@@ -6,9 +6,9 @@ so that `--help` and a wrong key answer at once. Checks between sections live in
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 PositiveInt = Annotated[int, Field(ge=1)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
@@ -33,11 +33,26 @@ class Job(Section):
     """Print the resolved settings when the run starts."""
 
 
+Flux1Flavor = Literal["flux-dev", "flux-schnell", "flux-debug", "flux-tiny"]
+Flux2Flavor = Literal["flux2-dev", "flux2-klein-4b", "flux2-klein-9b", "flux2-debug", "flux2-tiny"]
+FAMILIES: dict[str, tuple[str, ...]] = {"flux1": get_args(Flux1Flavor), "flux2": get_args(Flux2Flavor)}
+"""Flavors by model family."""
+
+
 class Model(Section):
-    name: Literal["flux1"] = "flux1"
-    """Model family."""
-    flavor: Literal["flux-dev", "flux-schnell", "flux-debug", "flux-tiny"] = "flux-dev"
+    name: Literal["flux1", "flux2"] = "flux1"
+    """Model family; when only the flavor is given, the flavor's."""
+    flavor: Literal[Flux1Flavor, Flux2Flavor] = "flux-dev"
     """Size of the model."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _family_of_the_flavor(cls, values: Any) -> Any:
+        if isinstance(values, dict) and "name" not in values:
+            for name, flavors in FAMILIES.items():
+                if values.get("flavor") in flavors:
+                    return {**values, "name": name}
+        return values
 
 
 class Encoder(Section):

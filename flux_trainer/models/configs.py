@@ -7,7 +7,18 @@ TIME_DIM = 256  # sinusoids of timestep and guidance
 
 
 class _Shape:
-    """What both families' shapes have in common."""
+    """What the shapes of all families have in common, and in what families differ."""
+
+    family: ClassVar[str]
+    """As `model.name` in the settings."""
+    text_length: ClassVar[str]
+    """Setting of [encoder] that says how many text tokens a sample has."""
+    shared_modulation: ClassVar[bool]
+    """Whether modulations are made once for all blocks, or in each block."""
+    bias: ClassVar[bool]
+    """Whether linears have one, those of qkv left aside."""
+    gated: ClassVar[bool]
+    """Whether MLPs have SwiGLU or GELU."""
 
     hidden_size: int
     mlp_ratio: float
@@ -22,6 +33,12 @@ class _Shape:
     @property
     def mlp_hidden(self) -> int:
         return int(self.hidden_size * self.mlp_ratio)
+
+    @property
+    def state_vectors(self) -> int:
+        """Vectors [B, hidden_size] that go from block to block beside the tokens: timestep, guidance and
+        caption in one, and modulations (two double-stream ones of 6, a single-stream one of 3) if shared."""
+        return 1 + (15 if self.shared_modulation else 0)
 
     def _check(self, *positive: str) -> None:
         """Raise ValueError for what no model can be built of; the fields named must be positive."""
@@ -79,8 +96,11 @@ class Flux1Config(_Shape):
     guidance_embed: bool
     """Whether the model takes a guidance value (FLUX.1-dev does, schnell does not)."""
 
-    bias: ClassVar[bool] = True  # in all linears but qkv
-    gated: ClassVar[bool] = False  # MLPs with GELU
+    family: ClassVar[str] = "flux1"
+    text_length: ClassVar[str] = "max_t5_encoding_len"
+    shared_modulation: ClassVar[bool] = False
+    bias: ClassVar[bool] = True
+    gated: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         self._check("in_channels", "out_channels", "vec_in_dim", "context_in_dim", "hidden_size", "num_heads")
@@ -107,9 +127,25 @@ class Flux2Config(_Shape):
     use_guidance_embed: bool
     """Whether the model takes a guidance value (dev does, klein does not)."""
 
+    family: ClassVar[str] = "flux2"
+    text_length: ClassVar[str] = "max_llm_encoding_len"
+    shared_modulation: ClassVar[bool] = True
     bias: ClassVar[bool] = False
     qkv_bias: ClassVar[bool] = False
-    gated: ClassVar[bool] = True  # MLPs with SwiGLU
+    gated: ClassVar[bool] = True
+    vec_in_dim: ClassVar[int] = 0  # there is no pooled caption
+
+    @property
+    def out_channels(self) -> int:
+        return self.in_channels
+
+    @property
+    def guidance_embed(self) -> bool:
+        """`use_guidance_embed` by FLUX.1's name."""
+        return self.use_guidance_embed
 
     def __post_init__(self) -> None:
         self._check("in_channels", "context_in_dim", "hidden_size", "num_heads")
+
+
+ModelConfig = Flux1Config | Flux2Config

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from flux_trainer.models import blocks
-from flux_trainer.models.attention import rope_table
 from flux_trainer.models.configs import TIME_DIM, Flux1Config
 from flux_trainer.models.layers import (
     LastLayer,
@@ -17,10 +16,7 @@ from flux_trainer.models.layers import (
     Modulation,
     timestep_embedding,
 )
-from flux_trainer.models.model import FluxModel
-
-State = tuple[Tensor, Tensor, Tensor]
-"""What goes from block to block: img [B, L_img, h], txt [B, L_txt, h], vec [B, h]."""
+from flux_trainer.models.model import FluxModel, State
 
 
 class DoubleStreamBlock(blocks.DoubleStreamBlock):
@@ -64,7 +60,7 @@ class Flux1Model(FluxModel):
         self.single_blocks = nn.ModuleList(
             SingleStreamBlock(config) for _ in range(config.depth_single_blocks)
         )
-        self.final_layer: LastLayer | None = LastLayer(h, config.out_channels)
+        self.final_layer = LastLayer(h, config.out_channels)
 
     def forward(  # type: ignore[override]
         self,
@@ -86,15 +82,34 @@ class Flux1Model(FluxModel):
 
         `state` as in `FluxModel.forward`.
         """
-        img, txt, vec = state or self.embed(img, txt, timesteps, y, guidance)
-        pe = rope_table(torch.cat((txt_ids, img_ids), dim=1), self.config.axes_dim, self.config.theta)
-        for block in self.double_blocks:
-            img, txt = block(img, txt, vec, pe)
-        x = torch.cat((txt, img), dim=1)  # [B, L_txt + L_img, h]
-        for block in self.single_blocks:
-            x = block(x, vec, pe)
-        txt, img = x.split((txt.shape[1], img.shape[1]), dim=1)
-        return (img, txt, vec) if self.final_layer is None else self.final_layer(img, vec)
+        state = state or self.embed(img, txt, timesteps, y, guidance)
+        return self.run(state, torch.cat((txt_ids, img_ids), dim=1))
+
+    @staticmethod
+    def arguments(
+        *,
+        image: Tensor,
+        image_ids: Tensor,
+        text: Tensor,
+        text_ids: Tensor,
+        timesteps: Tensor,
+        pooled: Tensor | None,
+        guidance: Tensor | None,
+    ) -> dict[str, Tensor | None]:
+        """See `FluxModel.arguments`."""
+        return {
+            "img": image,
+            "img_ids": image_ids,
+            "txt": text,
+            "txt_ids": text_ids,
+            "timesteps": timesteps,
+            "y": pooled,
+            "guidance": guidance,
+        }
+
+    def modulations(self, state: State) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """The vector: each block makes its own of it."""
+        return state[2:], state[2:]
 
     def embed(self, img: Tensor, txt: Tensor, timesteps: Tensor, y: Tensor, guidance: Tensor | None) -> State:
         """Tokens [B, L_img, h] and [B, L_txt, h], and the vector [B, h] that modulates every block."""

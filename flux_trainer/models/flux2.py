@@ -8,15 +8,10 @@ Shapes: B samples, L tokens, h = hidden_size.
 import torch
 from torch import Tensor, nn
 
-from flux_trainer.models.attention import rope_table
 from flux_trainer.models.blocks import DoubleStreamBlock, SingleStreamBlock
 from flux_trainer.models.configs import TIME_DIM, Flux2Config
 from flux_trainer.models.layers import LastLayer, MLPEmbedder, Modulation, timestep_embedding
-from flux_trainer.models.model import FluxModel
-
-State = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
-"""img [B, L_img, h], txt [B, L_txt, h], vec [B, h] for the head; the modulations of image and text in
-double-stream blocks [B, 6 h] each, and that of single-stream blocks [B, 3 h]."""
+from flux_trainer.models.model import FluxModel, State
 
 
 class Flux2Model(FluxModel):
@@ -37,7 +32,7 @@ class Flux2Model(FluxModel):
         self.double_stream_modulation_img = Modulation(h, triples=2, bias=False)
         self.double_stream_modulation_txt = Modulation(h, triples=2, bias=False)
         self.single_stream_modulation = Modulation(h, triples=1, bias=False)
-        self.final_layer: LastLayer | None = LastLayer(h, config.in_channels, bias=False)
+        self.final_layer = LastLayer(h, config.in_channels, bias=False)
 
     def forward(  # type: ignore[override]
         self,
@@ -59,17 +54,33 @@ class Flux2Model(FluxModel):
 
         `state` as in `FluxModel.forward`.
         """
-        img, txt, vec, img_mod, txt_mod, single_mod = state or self.embed(x, ctx, timesteps, guidance)
-        pe = rope_table(torch.cat((ctx_ids, x_ids), dim=1), self.config.axes_dim, self.config.theta)
-        for block in self.double_blocks:
-            img, txt = block(img, txt, img_mod, txt_mod, pe)
-        tokens = torch.cat((txt, img), dim=1)  # [B, L_txt + L_img, h]
-        for block in self.single_blocks:
-            tokens = block(tokens, single_mod, pe)
-        txt, img = tokens.split((txt.shape[1], img.shape[1]), dim=1)
-        if self.final_layer is None:
-            return img, txt, vec, img_mod, txt_mod, single_mod
-        return self.final_layer(img, vec)
+        state = state or self.embed(x, ctx, timesteps, guidance)
+        return self.run(state, torch.cat((ctx_ids, x_ids), dim=1))
+
+    @staticmethod
+    def arguments(
+        *,
+        image: Tensor,
+        image_ids: Tensor,
+        text: Tensor,
+        text_ids: Tensor,
+        timesteps: Tensor,
+        pooled: Tensor | None,
+        guidance: Tensor | None,
+    ) -> dict[str, Tensor | None]:
+        """See `FluxModel.arguments`; there is no pooled caption."""
+        return {
+            "x": image,
+            "x_ids": image_ids,
+            "timesteps": timesteps,
+            "ctx": text,
+            "ctx_ids": text_ids,
+            "guidance": guidance,
+        }
+
+    def modulations(self, state: State) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """Those that all blocks share: of image and text [B, 6 h] each; of single-stream blocks [B, 3 h]."""
+        return state[3:5], state[5:]
 
     def embed(self, x: Tensor, ctx: Tensor, timesteps: Tensor, guidance: Tensor | None) -> State:
         """Tokens, the conditioning vector, and the modulations that all blocks share."""

@@ -1,6 +1,7 @@
 """What the models of all families have in common: embedders, then blocks, then a head.
 
-That is all that checkpointing, compilation, sharding and pipelines go by.
+That, and a state that goes from one to the next, is all that checkpointing, compilation, sharding and
+pipelines go by. A family adds its embedders, the names of its arguments, and what modulates its blocks.
 """
 
 from __future__ import annotations
@@ -9,13 +10,17 @@ from abc import abstractmethod
 from collections.abc import Iterator
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
+from flux_trainer.models.attention import rope_table
+from flux_trainer.models.configs import ModelConfig
 from flux_trainer.models.init import Constant, Distribution, Normal, Rows, xavier_uniform
-from flux_trainer.models.layers import FusedLinear
+from flux_trainer.models.layers import FusedLinear, LastLayer
 
 State = tuple[Tensor, ...]
-"""What goes from block to block; each tensor has the samples along its first dimension."""
+"""What goes from block to block: img [B, L_img, h], txt [B, L_txt, h], vec [B, h], which the head takes, and
+what else a family modulates its blocks with, [B, n h] each."""
 
 
 class FluxModel(nn.Module):
@@ -24,9 +29,10 @@ class FluxModel(nn.Module):
     HEAD: ClassVar[tuple[str, ...]] = ("final_layer",)
     """The children that come after the blocks; all other children but the blocks come before them."""
 
-    config: Any
+    config: ModelConfig
     double_blocks: nn.ModuleList
     single_blocks: nn.ModuleList
+    final_layer: LastLayer | None
 
     @abstractmethod
     def forward(self, **inputs: Any) -> Tensor | State:
@@ -35,6 +41,41 @@ class FluxModel(nn.Module):
         Of a model that was cut into stages (`parallel/cut.py`), all but the first go on from `state`, what
         the stage before returned, and all but the last return theirs.
         """
+
+    @staticmethod
+    @abstractmethod
+    def arguments(
+        *,
+        image: Tensor,
+        image_ids: Tensor,
+        text: Tensor,
+        text_ids: Tensor,
+        timesteps: Tensor,
+        pooled: Tensor | None,
+        guidance: Tensor | None,
+    ) -> dict[str, Tensor | None]:
+        """The arguments of `forward` by its own names.
+
+        image [B, L_img, in_channels], text [B, L_txt, context_in_dim], positions [B, L, axes] of both,
+        timesteps [B], the pooled caption [B, vec_in_dim] where the family takes one, and guidance [B].
+        """
+
+    @abstractmethod
+    def modulations(self, state: State) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """What double-stream and single-stream blocks take between the tokens and the positions."""
+
+    def run(self, state: State, ids: Tensor) -> Tensor | State:
+        """The blocks and the head, from `state` and the positions [B, L_txt + L_img, axes] on."""
+        img, txt, vec, *_ = state
+        of_double, of_single = self.modulations(state)
+        pe = rope_table(ids, self.config.axes_dim, self.config.theta)
+        for block in self.double_blocks:
+            img, txt = block(img, txt, *of_double, pe)
+        tokens = torch.cat((txt, img), dim=1)  # [B, L_txt + L_img, h]
+        for block in self.single_blocks:
+            tokens = block(tokens, *of_single, pe)
+        txt, img = tokens.split((txt.shape[1], img.shape[1]), dim=1)
+        return (img, txt, *state[2:]) if self.final_layer is None else self.final_layer(img, vec)
 
     def blocks(self) -> Iterator[tuple[str, nn.Module]]:
         """(name, module) of the double-stream blocks, then the single-stream blocks, in forward order."""

@@ -9,7 +9,7 @@ from math import prod
 
 from flux_trainer.config.problems import ConfigError
 from flux_trainer.config.schema import JobConfig, Parallelism, Training
-from flux_trainer.models.configs import Flux1Config
+from flux_trainer.models.configs import ModelConfig
 from flux_trainer.models.flops import macs
 from flux_trainer.models.registry import FLAVORS
 from flux_trainer.parallel.stages import check_micro_batches, spans
@@ -34,7 +34,8 @@ def degrees(section: Parallelism, world_size: int) -> dict[str, int]:
 
 def tokens(config: JobConfig) -> tuple[int, int]:
     """Image and text tokens of a training sample; an image token covers 16 x 16 pixels."""
-    return (config.training.img_size // 16) ** 2, config.encoder.max_t5_encoding_len
+    text: int = getattr(config.encoder, FLAVORS[config.model.flavor].text_length)
+    return (config.training.img_size // 16) ** 2, text
 
 
 def global_batch_size(training: Training, groups: int) -> int:
@@ -54,7 +55,7 @@ def holds_weights(section: Parallelism) -> bool:
     return setting == "never" or (setting == "default" and section.pipeline_parallel_degree > 1)
 
 
-def check_heads(model: Flux1Config, degree: int) -> None:
+def check_heads(model: ModelConfig, degree: int) -> None:
     """Raise ValueError unless `degree` ranks can share the attention heads and MLP features evenly."""
     for what, size in (("attention heads", model.num_heads), ("MLP features", model.mlp_hidden)):
         if size % degree:
@@ -64,7 +65,7 @@ def check_heads(model: Flux1Config, degree: int) -> None:
             )
 
 
-def cuts(model: Flux1Config, tokens: tuple[int, int], section: Parallelism) -> list[range]:
+def cuts(model: ModelConfig, tokens: tuple[int, int], section: Parallelism) -> list[range]:
     """The blocks of each stage of a pipeline, of one stage without one; stages cost as equally as can be.
 
     Args:

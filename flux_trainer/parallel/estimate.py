@@ -23,9 +23,8 @@ from flux_trainer.config.schema import ActivationCheckpoint, JobConfig, Parallel
 from flux_trainer.flow.loss import flow_loss
 from flux_trainer.models import registry
 from flux_trainer.models.attention import rope_table
-from flux_trainer.models.configs import Flux1Config
-from flux_trainer.models.flux1 import Flux1Model
-from flux_trainer.models.model import FluxModel
+from flux_trainer.models.configs import ModelConfig
+from flux_trainer.models.model import FluxModel, State
 from flux_trainer.parallel.apply import context_parallel, share_attention
 from flux_trainer.parallel.arithmetic import check_mesh, cuts, degrees, holds_weights, micro_batches, tokens
 from flux_trainer.parallel.cast import read_as
@@ -67,7 +66,7 @@ class Plan:
     """What the settings come to."""
 
     config: JobConfig
-    model: Flux1Config
+    model: ModelConfig
     sizes: dict[str, int]
     """The mesh."""
     micro_batches: int
@@ -141,7 +140,7 @@ def sharing(p: Plan) -> Iterator[Mesh | None]:
 def parts(p: Plan, rank: int, mesh: Mesh | None) -> list[Part]:
     """The stages of a rank of the pipeline (the whole model without one)."""
     with torch.device("meta"):
-        model = Flux1Model(p.model)
+        model = registry.model_class(p.model)(p.model)
     if mesh and mesh.tp:
         tensor_parallel(model.blocks(), mesh.tp)
     names = [name for name, _ in model.blocks()]
@@ -167,7 +166,7 @@ def costs(p: Plan, mesh: Mesh | None, mode: ActivationCheckpoint) -> dict[str, C
     kinds = {"double_blocks": min(1, p.model.depth), "single_blocks": min(1, p.model.depth_single_blocks)}
     small = replace(p.model, depth=kinds["double_blocks"], depth_single_blocks=kinds["single_blocks"])
     with torch.device("meta"):
-        model = Flux1Model(small)
+        model = registry.model_class(small)(small)
     ends = {
         "embedders": take(model, (), embedders=True, head=False),
         "head": take(model, (), embedders=False, head=True),
@@ -181,8 +180,20 @@ def costs(p: Plan, mesh: Mesh | None, mode: ActivationCheckpoint) -> dict[str, C
     for block in blocks:
         apply_checkpointing([block], mode)
     with FakeTensorMode():
-        found = {name.split(".")[0]: _block_cost(p, block) for name, block in model.blocks()}
-        return found | {name: _end_cost(p, end) for name, end in ends.items()}
+        weights = {name: _present(p, end) for name, end in ends.items()}
+        state = _state(p, ends["embedders"])
+        of_double, of_single = model.modulations(state)
+        pe = rope_table(torch.cat(_positions(p), dim=1), p.model.axes_dim, p.model.theta)
+        txt_img = torch.cat((state[1], state[0]), dim=1).detach().requires_grad_()
+        taken = {
+            "double_blocks": (*state[:2], *of_double, pe),
+            "single_blocks": (txt_img, *of_single, pe),
+        }
+        found = {}
+        for name, block in model.blocks():
+            kind = name.split(".")[0]
+            found[kind] = _block_cost(p, block, taken[kind])
+        return found | {name: _end_cost(p, end, weights[name], state) for name, end in ends.items()}
 
 
 def _present(p: Plan, module: nn.Module) -> list[Tensor]:
@@ -194,50 +205,53 @@ def _present(p: Plan, module: nn.Module) -> list[Tensor]:
     return weights
 
 
-def _state(p: Plan) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """img, txt, vec, pe as blocks take them."""
-    compute, (image, text), h = p.dtype("mixed_precision_param"), p.local_tokens, p.model.hidden_size
-
-    def fake(*shape: int) -> Tensor:
-        return torch.empty(p.batch, *shape, dtype=compute).requires_grad_()
-
-    ids = torch.empty(p.batch, text + image, len(p.model.axes_dim))
-    return fake(image, h), fake(text, h), fake(h), rope_table(ids, p.model.axes_dim, p.model.theta)
-
-
-def _block_cost(p: Plan, block: nn.Module) -> Cost:
-    weights = _present(p, block)
-    img, txt, vec, pe = _state(p)
-    if hasattr(block, "img_mod"):
-        return measure(lambda: block(img, txt, vec, pe), [*weights, img, txt, vec, pe])
-    x = torch.cat((txt, img), dim=1).detach().requires_grad_()
-    return measure(lambda: [block(x, vec, pe)], [*weights, x, vec, pe])
-
-
-def _end_cost(p: Plan, end: FluxModel) -> Cost:
-    weights = _present(p, end)
+def _inputs(p: Plan) -> dict[str, Tensor]:
+    """Fake ones of a rank, by the names of `FluxModel.arguments`."""
     wide = torch.promote_types(p.dtype("mixed_precision_param"), torch.float32)
-    image, text = p.local_tokens
-    img, txt, vec, _ = _state(p)
-    axes = len(p.model.axes_dim)
-    inputs = {
-        "img": torch.empty(p.batch, image, p.model.in_channels, dtype=wide),
-        "img_ids": torch.empty(p.batch, image, axes),
-        "txt": torch.empty(
-            p.batch, text, p.model.context_in_dim, dtype=getattr(torch, p.config.encoder.dtype)
-        ),
-        "txt_ids": torch.empty(p.batch, text, axes),
+    encoded = getattr(torch, p.config.encoder.dtype)
+    (image, text), model = p.local_tokens, p.model
+    text_ids, image_ids = _positions(p)
+    return {
+        "image": torch.empty(p.batch, image, model.in_channels, dtype=wide),
+        "image_ids": image_ids,
+        "text": torch.empty(p.batch, text, model.context_in_dim, dtype=encoded),
+        "text_ids": text_ids,
         "timesteps": torch.empty(p.batch, dtype=wide),
-        "y": torch.empty(p.batch, p.model.vec_in_dim),
+        "pooled": torch.empty(p.batch, model.vec_in_dim),
         "guidance": torch.empty(p.batch, dtype=wide),
     }
-    state = None if end.img_in is not None else (img, txt, vec)
-    target = torch.empty(p.batch, image, p.model.out_channels, dtype=wide)
+
+
+def _positions(p: Plan) -> tuple[Tensor, Tensor]:
+    """Of text and image tokens."""
+    image, text = p.local_tokens
+    axes = len(p.model.axes_dim)
+    return torch.empty(p.batch, text, axes), torch.empty(p.batch, image, axes)
+
+
+def _state(p: Plan, embedders: FluxModel) -> State:
+    """What blocks take, as leaves."""
+    with torch.no_grad():
+        state = embedders(**embedders.arguments(**_inputs(p)))
+    return tuple(torch.empty_like(x).requires_grad_() for x in state)
+
+
+def _block_cost(p: Plan, block: nn.Module, taken: tuple[Tensor, ...]) -> Cost:
+    def run() -> Sequence[Tensor]:
+        out = block(*taken)
+        return out if isinstance(out, tuple) else [out]
+
+    return measure(run, [*_present(p, block), *taken])
+
+
+def _end_cost(p: Plan, end: FluxModel, weights: list[Tensor], state: State) -> Cost:
+    inputs = _inputs(p)
+    target = torch.empty(p.batch, p.local_tokens[0], p.model.out_channels, dtype=inputs["image"].dtype)
 
     def run() -> Sequence[Tensor]:
-        out = end(**inputs, state=state)
+        out = end(**end.arguments(**inputs), state=None if end.img_in is not None else state)
         if isinstance(out, tuple):
             return out
         return [flow_loss(out, target, None, p.batch, target[0].numel())]
 
-    return measure(run, [*weights, img, txt, vec, target, *inputs.values()])
+    return measure(run, [*weights, *state, target, *inputs.values()])

@@ -163,7 +163,7 @@ def _pipeline_buffers(p: Plan, rank: int, stages: Sequence[Part]) -> int:
     """Room for the states and gradients to come of all micro-batches, and for those on their way."""
     if p.sizes["pp"] == 1:
         return 0
-    state = (sum(p.local_tokens) + 1) * p.batch * p.model.hidden_size
+    state = (sum(p.local_tokens) + p.model.state_vectors) * p.batch * p.model.hidden_size
     state *= p.dtype("mixed_precision_param").itemsize
     buffers = sum((not part.embedders) + (not part.head) for part in stages)
     flying = min(p.micro_batches, p.sizes["pp"] - rank)

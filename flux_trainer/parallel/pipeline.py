@@ -6,9 +6,11 @@ of a pipeline work on the same samples.
 
 In each step, S stages send for each of n micro-batches the state forward and its gradient back:
 
-    2 n (S - 1) B (L + 1) h elements in the dtype of the computation
+    2 n (S - 1) B (L + v) h elements in the dtype of the computation
 
-for FLUX.1, whose state is B x L tokens and B modulation vectors of size h. A prediction sends (S - 1) states
+for a state of B x L tokens and B x v vectors of size h: one that modulates; with FLUX.2 also the 15 of the
+modulations that all blocks share, which the first stage makes and whose gradient, summed over all blocks,
+comes back to it. A prediction sends (S - 1) states
 forward, then the output to all ranks of the pipeline. Before the first step with a shape, neighbours exchange
 a few bytes.
 

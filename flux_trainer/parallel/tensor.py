@@ -6,16 +6,19 @@ of the first ("column parallel": Megatron's weights are transposed) and the matc
 What lies between (attention over the rank's heads, GELU) needs no communication. Fused linears stay fused:
 each of their sections is shared out on its own. Modulations are column parallel too, and their output, one
 row per sample, is gathered. Between the blocks, every rank holds the activations of all tokens, and the
-embedders and the final layer are whole.
+embedders and the final layer are whole. So are modulations that all blocks share (FLUX.2): the ranks would
+save a few percent of the weights, and no time, for the product with one row per sample is small, and no
+block would send anything less.
 
 With micro-batches of B samples, L text and image tokens, hidden size h and head dimension D, a block's
 collectives have these numbers of elements, in the dtype of the computation:
 
-    double block   forward   all-reduce 2 B L h     all-gather 12 B h
-                   backward  all-reduce 2 B L h + 2 B h + 4 D
-    single block   forward   all-reduce B L h       all-gather 3 B h
-                   backward  all-reduce B L h + B h + 2 D
+    double block   forward   all-reduce 2 B L h     all-gather (12 B h)
+                   backward  all-reduce 2 B L h + (2 B h) + 4 D
+    single block   forward   all-reduce B L h       all-gather (3 B h)
+                   backward  all-reduce B L h + (B h) + 2 D
 
+What is in brackets belongs to a modulation of the block's own: FLUX.1 has it, FLUX.2 does not.
 Over n ranks, a ring sends 2 (n - 1) / n times as many for an all-reduce, (n - 1) / n times for an all-gather.
 A block that is recomputed in backward repeats the collectives of its forward; selective checkpointing keeps
 their results instead. 4 D and 2 D are the scales of query and key norms: whole on every rank but applied to
@@ -33,13 +36,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from flux_trainer.models.flux1 import DoubleStreamBlock, SingleStreamBlock
+from flux_trainer.models import blocks, flux1
 from flux_trainer.models.layers import FusedLinear, RMSNorm, rms_norm
 from flux_trainer.runtime.layout import Layout, share_out
 
 
-def tensor_parallel(blocks: Iterable[tuple[str, nn.Module]], group: ProcessGroup) -> dict[str, Layout]:
-    """Share out the parameters of `blocks`, (name in the model, module), over `group`, in place.
+def tensor_parallel(named_blocks: Iterable[tuple[str, nn.Module]], group: ProcessGroup) -> dict[str, Layout]:
+    """Share out the parameters of `named_blocks`, (name in the model, module), over `group`, in place.
 
     The blocks are plain and lie on the meta device, and their sizes suit (`check_heads`). Parameter names
     stay; a shared-out parameter becomes a smaller one. Checkpointing, compile and FSDP come after.
@@ -50,7 +53,7 @@ def tensor_parallel(blocks: Iterable[tuple[str, nn.Module]], group: ProcessGroup
     layouts: dict[str, Layout] = {}
     if group.size() == 1:
         return layouts
-    for block_name, block in blocks:
+    for block_name, block in named_blocks:
         for path, role in _ROLES[type(block)].items():
             module = block.get_submodule(path)
             if isinstance(module, nn.Linear):
@@ -130,21 +133,23 @@ class _PartialScales(_Role):
 
 
 _STREAM: dict[str, type[_Role]] = {
-    "mod.lin": _Gathered,
     "attn.qkv": _ColumnParallel,
     "attn.norm": _PartialScales,
     "attn.proj": _RowParallel,
     "mlp.0": _ColumnParallel,
     "mlp.2": _RowParallel,
 }
+_DOUBLE = {f"{stream}_{path}": role for stream in ("img", "txt") for path, role in _STREAM.items()}
+_SINGLE: dict[str, type[_Role]] = {
+    "linear1": _ColumnParallel,
+    "norm": _PartialScales,
+    "linear2": _RowParallel,
+}
 _ROLES: dict[type[nn.Module], dict[str, type[_Role]]] = {
-    DoubleStreamBlock: {f"{stream}_{path}": _STREAM[path] for stream in ("img", "txt") for path in _STREAM},
-    SingleStreamBlock: {
-        "modulation.lin": _Gathered,
-        "linear1": _ColumnParallel,
-        "norm": _PartialScales,
-        "linear2": _RowParallel,
-    },
+    blocks.DoubleStreamBlock: _DOUBLE,
+    blocks.SingleStreamBlock: _SINGLE,
+    flux1.DoubleStreamBlock: {**_DOUBLE, "img_mod.lin": _Gathered, "txt_mod.lin": _Gathered},
+    flux1.SingleStreamBlock: {**_SINGLE, "modulation.lin": _Gathered},
 }
 
 

@@ -44,7 +44,7 @@ def traffic(p: Plan, stages: Sequence[Part], mode: ActivationCheckpoint) -> dict
             if p.sizes["cp"] > 1:
                 _context(p, full[index], sent)
         if p.sizes["pp"] > 1:
-            state = p.batch * (sum(p.local_tokens) + 1) * p.model.hidden_size
+            state = p.batch * (sum(p.local_tokens) + p.model.state_vectors) * p.model.hidden_size
             ways = (not part.embedders) + (not part.head)  # a gradient back, a state forward
             sent["pipeline"] += p.micro_batches * ways * state * p.dtype("mixed_precision_param").itemsize
     return dict(sent)
@@ -74,9 +74,13 @@ def _weights(p: Plan, part: Part, sent: Counter[str]) -> None:
 def _tensor(p: Plan, double: bool, again: bool, sent: Counter[str]) -> None:
     n, h = p.sizes["tp"], p.model.hidden_size
     unit = p.micro_batches * p.dtype("mixed_precision_param").itemsize
-    sums = p.batch * sum(p.local_tokens) * h * (2 if double else 1)
-    gathered = p.batch * h * (12 if double else 3)
-    back = sums + (2 * p.batch * h + 4 * p.model.head_dim if double else p.batch * h + 2 * p.model.head_dim)
+    streams = 2 if double else 1
+    sums = p.batch * sum(p.local_tokens) * h * streams
+    back = sums + streams * 2 * p.model.head_dim
+    gathered = 0
+    if not p.model.shared_modulation:
+        gathered = p.batch * h * (12 if double else 3)
+        back += p.batch * h * streams
     forward = 2 if again else 1
     sent["all-reduce"] += 2 * (n - 1) * unit * (forward * sums + back) // n
     sent["all-gather"] += (n - 1) * unit * forward * gathered // n

@@ -1,32 +1,45 @@
 """A parallel model computes what the plain one does: gradients in float64 against one process."""
 
+import sys
 from dataclasses import replace
 
 import pytest
 import torch
+from helpers.held import part, whole
 from helpers.ranks import run_ranks
 from helpers.resident import needs_proc, peak, restart_peak
-from helpers.small_model import small
+from helpers.small_model import arguments, inputs, small, small2
 from torch.distributed.tensor import DTensor
 
 from flux_trainer.config.schema import ActivationCheckpoint, Compile, Parallelism
-from flux_trainer.flow.latents import image_ids, text_ids
-from flux_trainer.models.flux1 import Flux1Model
 from flux_trainer.models.init import Normal
+from flux_trainer.models.model import FluxModel
+from flux_trainer.models.registry import model_class
 from flux_trainer.optim.guard import clip_grad_norm
-from flux_trainer.parallel.apply import parallelize
+from flux_trainer.parallel.apply import Parallel, parallelize
 from flux_trainer.parallel.fsdp import defer_all_reduce, shard
 from flux_trainer.parallel.init import init_weights
 from flux_trainer.parallel.mesh import build_mesh
 
-CONFIG = small(hidden_size=16, mlp_ratio=4.0, num_heads=2, depth=1)
+CONFIGS = {
+    "flux1": small(hidden_size=16, mlp_ratio=4.0, num_heads=2, depth=1),
+    "flux2": small2(hidden_size=16, num_heads=2, depth=1),
+}
+CONFIG = CONFIGS["flux1"]
 BATCH = 8
 
 
-def build(
+def build(world_size: int, **options) -> FluxModel:
+    """A model with random values in every parameter, on this process's mesh."""
+    (model,) = build_parallel(world_size, **options).parts
+    return model
+
+
+def build_parallel(
     world_size: int,
     *,
-    config=CONFIG,
+    family="flux1",
+    config=None,
     replicate: int = 1,
     dtype=torch.float64,
     reshard="default",
@@ -34,14 +47,17 @@ def build(
     option="op",
     compile=False,
     param_dtype=None,
-) -> Flux1Model:
-    """A model with random values in every parameter, on this process's mesh."""
+    **degrees,
+) -> Parallel:
+    config = config or CONFIGS[family]
     torch.set_default_dtype(dtype)
     with torch.device("meta"):
-        model = Flux1Model(config)
+        model = model_class(config)(config)
     torch.set_default_dtype(torch.float32)
-    parallelism = Parallelism(data_parallel_replicate_degree=replicate, fsdp_reshard_after_forward=reshard)
-    parallelize(
+    parallelism = Parallelism(
+        data_parallel_replicate_degree=replicate, fsdp_reshard_after_forward=reshard, **degrees
+    )
+    parallel = parallelize(
         model,
         build_mesh(parallelism, world_size, "cpu") if world_size > 1 else One(),
         tokens=(24, 5),
@@ -52,8 +68,9 @@ def build(
         reduce_dtype=dtype,
     )
     model.to_empty(device="cpu")
-    init_weights(model, {name: Normal(0.3) for name, _ in model.named_parameters()}, seed=1)
-    return model
+    distributions = {name: Normal(0.3) for name, _ in model.named_parameters()}
+    init_weights(model, distributions, seed=1, layouts=parallel.layouts)
+    return parallel
 
 
 class One:
@@ -68,37 +85,22 @@ class One:
         return 1
 
 
-def samples(dtype=torch.float64) -> dict[str, torch.Tensor]:
-    g = torch.Generator().manual_seed(0)
-    r = lambda *shape: torch.randn(*shape, generator=g, dtype=dtype)  # noqa: E731
-    return {
-        "img": r(BATCH, 6, 64),
-        "img_ids": image_ids(BATCH, 4, 6, torch.device("cpu")),
-        "txt": r(BATCH, 5, 20),
-        "txt_ids": text_ids(BATCH, 5, torch.device("cpu")),
-        "timesteps": torch.rand(BATCH, generator=g, dtype=dtype),
-        "y": r(BATCH, 12),
-        "guidance": torch.full((BATCH,), 3.5, dtype=dtype),
-    }
-
-
-def sharing(model: Flux1Model) -> torch.distributed.ProcessGroup | None:
+def sharing(model: FluxModel) -> torch.distributed.ProcessGroup | None:
     """The ranks that hold one copy of the model together."""
     mesh = getattr(model.img_in.weight, "device_mesh", None)
     return mesh.get_group(mesh.ndim - 1) if mesh else None
 
 
 def gradients(
-    model: Flux1Model, rows: list[slice], dtype=torch.float64
+    model: FluxModel, rows: list[slice], dtype=torch.float64
 ) -> tuple[dict[str, torch.Tensor], float]:
     """Whole gradients and their norm after accumulating over the given rows of the samples."""
-    inputs = samples(dtype)
-    for i, part in enumerate(rows):
+    given = arguments(model.config, BATCH, dtype=dtype)
+    for i, micro in enumerate(rows):
         defer_all_reduce(model, is_last=i == len(rows) - 1)
-        out = model(**{k: v[part] for k, v in inputs.items()})
+        out = model(**{k: v[micro] for k, v in given.items()})
         (out**2).sum().div(BATCH).backward()
     norm = clip_grad_norm(dict(model.named_parameters()), 0.0, group=sharing(model)).item()
-    whole = lambda t: t.full_tensor() if isinstance(t, DTensor) else t  # noqa: E731
     return {name: whole(p.grad) for name, p in model.named_parameters()}, norm
 
 
@@ -119,8 +121,14 @@ def assert_same(got: tuple, want: tuple, tolerance: float) -> None:
 
 
 @pytest.fixture(scope="module")
-def one_process():
-    return gradients(build(1), [slice(0, BATCH)])
+def of_family():
+    """What one process computes, by family."""
+    return {family: gradients(build(1, family=family), [slice(0, BATCH)]) for family in CONFIGS}
+
+
+@pytest.fixture(scope="module")
+def one_process(of_family):
+    return of_family["flux1"]
 
 
 @pytest.mark.distributed
@@ -135,12 +143,63 @@ def one_process():
         (2, {"remat": "full"}, 2),
         (2, {"remat": "selective"}, 2),
         (2, {"remat": "selective", "compile": True}, 2),
+        (2, {"family": "flux2", "reshard": "never"}, 1),
+        (4, {"family": "flux2", "replicate": 2, "remat": "selective"}, 1),
     ],
     ids=str,
 )
-def test_gradients_equal_one_process(ranks, options, micro, one_process):
+def test_gradients_equal_one_process(ranks, options, micro, of_family):
     for result in run_ranks(ranks, on_a_rank, options, micro):
-        assert_same(result, one_process, 1e-11)
+        assert_same(result, of_family[options.get("family", "flux1")], 1e-11)
+
+
+def by_tokens(cases: list[dict]) -> list[tuple[dict, dict]]:
+    """For meshes that share out tokens too: this rank's gradients and layouts."""
+    results = []
+    for case in cases:
+        parallel = build_parallel(torch.distributed.get_world_size(), **case)
+        (model,), context = parallel.parts, parallel.context
+        mesh = build_mesh(
+            Parallelism(**{name: n for name, n in case.items() if name.endswith("degree")}),
+            torch.distributed.get_world_size(),
+            "cpu",
+        )
+        share = BATCH // mesh.size("dp_shard")
+        first = mesh.rank("dp_shard") * share
+        given = inputs(model.config, BATCH, image=7)
+        for start in range(first, first + share, 2):
+            rows = {name: x[start : start + 2] for name, x in given.items()}
+            context.begin(5, 7)
+            streams = ("image", "image_ids", "text", "text_ids")
+            rows |= zip(streams, context.split(*(rows[name] for name in streams)), strict=True)
+            (model(**model.arguments(**rows)) ** 2).sum().div(BATCH).backward()
+        results.append(({name: whole(p.grad) for name, p in model.named_parameters()}, parallel.layouts))
+    return results
+
+
+CP2 = {"family": "flux2", "context_parallel_degree": 2}
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(
+    ("ranks", "cases"),
+    [
+        (2, [CP2 | {"context_parallel_method": method} for method in ("ulysses", "ring", "allgather")]),
+        (4, [CP2 | {"remat": "selective"}, CP2 | {"tensor_parallel_degree": 2, "remat": "full"}]),
+    ],
+    ids=("2 ranks", "4 ranks"),
+)
+def test_gradients_where_tokens_are_shared_out(ranks, cases):
+    """FLUX.2, with 7 and 5 tokens; the meshes of `tests/train/test_meshes.py` have FLUX.1."""
+    model = build(1, family="flux2")
+    (model(**arguments(model.config, BATCH, image=7)) ** 2).sum().div(BATCH).backward()
+    want = {name: p.grad for name, p in model.named_parameters()}
+    for rank in run_ranks(ranks, by_tokens, cases):
+        for case, (got, layouts) in zip(cases, rank, strict=True):
+            assert got.keys() == want.keys()
+            for name, gradient in want.items():
+                error = (got[name] - part(gradient, layouts.get(name))).abs().max() / gradient.abs().max()
+                assert error <= 1e-11, (case, name, error)
 
 
 def test_accumulation_equals_one_large_batch(one_process):
@@ -179,7 +238,7 @@ def test_no_rank_ever_holds_the_whole_model():
 
 def weights(world_size: int, replicate: int = 1) -> dict[str, torch.Tensor]:
     model = build(world_size, replicate=replicate, dtype=torch.float32)
-    return {n: p.full_tensor() if isinstance(p, DTensor) else p.detach() for n, p in model.named_parameters()}
+    return {name: whole(p) for name, p in model.named_parameters()}
 
 
 def weights_on_a_rank(replicate: int) -> dict[str, torch.Tensor]:
@@ -198,10 +257,11 @@ def test_initial_weights_do_not_depend_on_the_world():
             assert all(torch.equal(got[k], want[k]) for k in want)
 
 
-def dtypes_on_a_rank() -> dict[str, set]:
+def dtypes_on_a_rank(family: str) -> dict[str, set]:
     """What blocks and embedders see under bf16 mixed precision."""
     seen: dict[str, set] = {"pe": set(), "img": set(), "weight": set(), "time": set(), "grad": set()}
-    model = build(torch.distributed.get_world_size(), dtype=torch.float32, param_dtype=torch.bfloat16)
+    world = torch.distributed.get_world_size()
+    model = build(world, family=family, dtype=torch.float32, param_dtype=torch.bfloat16)
 
     def look(block, args):
         seen["img"].add(args[0].dtype)
@@ -209,25 +269,25 @@ def dtypes_on_a_rank() -> dict[str, set]:
         seen["weight"].add(block.img_attn.qkv.weight.dtype)
 
     model.double_blocks[0].register_forward_pre_hook(look)
-    from flux_trainer.models import flux1
-
-    original = flux1.timestep_embedding
+    module = sys.modules[model_class(model.config).__module__]
+    original = module.timestep_embedding
 
     def spy(t, *args):
         seen["time"] |= {t.dtype, original(t, *args).dtype}
         return original(t, *args)
 
-    flux1.timestep_embedding = spy
+    module.timestep_embedding = spy
     grads, _ = gradients(model, [slice(0, 4)], torch.float32)
-    flux1.timestep_embedding = original
+    module.timestep_embedding = original
     seen["grad"] = {g.dtype for g in grads.values()}
     return seen
 
 
 @pytest.mark.distributed
+@pytest.mark.parametrize("family", CONFIGS)
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_positions_and_times_stay_float32_under_mixed_precision(ranks):
-    for seen in run_ranks(ranks, dtypes_on_a_rank):
+def test_positions_and_times_stay_float32_under_mixed_precision(ranks, family):
+    for seen in run_ranks(ranks, dtypes_on_a_rank, family):
         assert seen == {
             "pe": {torch.float32},
             "time": {torch.float32},
@@ -265,13 +325,18 @@ def test_what_is_stored_stays_wide():
     assert model.img_in.weight.dtype == torch.bfloat16
     assert {p.dtype for p in model.parameters()} == {torch.float32}
     assert {p.dtype for p in model.state_dict().values()} == {torch.float32}
-    assert model.state_dict().keys() == Flux1Model(CONFIG).state_dict().keys()
+    assert model.state_dict().keys() == model_class(CONFIG)(CONFIG).state_dict().keys()
     assert isinstance(model.img_in, torch.nn.Linear)
 
 
-@pytest.mark.parametrize("narrow", [False, True], ids=["stored", "cast"])
-@pytest.mark.parametrize("remat", ["none", "full", "selective"])
-def test_blocks_of_a_kind_share_one_compiled_graph(monkeypatch, remat, narrow):
+@pytest.mark.parametrize(
+    ("family", "remat", "narrow"),
+    [
+        *(("flux1", remat, narrow) for remat in ("none", "full", "selective") for narrow in (False, True)),
+        ("flux2", "selective", False),
+    ],
+)
+def test_blocks_of_a_kind_share_one_compiled_graph(monkeypatch, family, remat, narrow):
     """Without that, every block is compiled, and the compiler gives up at its limit."""
     from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -281,7 +346,7 @@ def test_blocks_of_a_kind_share_one_compiled_graph(monkeypatch, remat, narrow):
     monkeypatch.setattr(
         torch, "compile", lambda f, backend, fullgraph: compiled(f, backend=counter, fullgraph=fullgraph)
     )
-    deep = replace(CONFIG, depth=2, depth_single_blocks=3)
+    deep = replace(CONFIGS[family], depth=2, depth_single_blocks=3)
     dtype = torch.float32 if narrow else torch.float64
     options = {"config": deep, "dtype": dtype, "param_dtype": torch.bfloat16 if narrow else None}
     got = gradients(build(1, remat=remat, compile=True, **options), [slice(0, BATCH)], dtype)
@@ -300,7 +365,7 @@ def gathered_after_forward() -> list[bool]:
     whole = []
     for setting in ("always", "default", "never"):
         model = build(torch.distributed.get_world_size(), reshard=setting)
-        model(**samples())
+        model(**arguments(CONFIG, BATCH))
         whole.append(not isinstance(model.double_blocks[0].img_attn.qkv.weight, DTensor))
     return whole
 

@@ -4,16 +4,15 @@ from dataclasses import replace
 
 import pytest
 import torch
+from helpers.held import part, whole
 from helpers.ranks import run_ranks
-from helpers.small_model import small
+from helpers.small_model import arguments, small, small2
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from flux_trainer.config.schema import ActivationCheckpoint, Compile
-from flux_trainer.flow.latents import image_ids, text_ids
-from flux_trainer.models.flux1 import Flux1Model
 from flux_trainer.models.init import Normal
+from flux_trainer.models.registry import model_class
 from flux_trainer.optim.guard import clip_grad_norm
 from flux_trainer.parallel import tensor
 from flux_trainer.parallel.cast import read_as
@@ -23,7 +22,8 @@ from flux_trainer.parallel.init import init_weights
 from flux_trainer.parallel.remat import apply_checkpointing
 from flux_trainer.parallel.tensor import tensor_parallel
 
-CONFIG = small(mlp_ratio=3.0)
+CONFIGS = {"flux1": small(mlp_ratio=3.0), "flux2": small2()}
+CONFIG = CONFIGS["flux1"]
 BATCH, TXT, IMG = 4, 5, 6
 
 
@@ -32,16 +32,18 @@ def build(
     tp=1,
     fsdp=1,
     replicate=1,
-    config=CONFIG,
+    family="flux1",
+    config=None,
     dtype=torch.float64,
     remat="none",
     compile=False,
     distributions=None,
 ):
     """A model with random values in every parameter, and the layouts of its tensor-parallel parameters."""
+    config = config or CONFIGS[family]
     torch.set_default_dtype(dtype)
     with torch.device("meta"):
-        model = Flux1Model(config)
+        model = model_class(config)(config)
     torch.set_default_dtype(torch.float32)
     distributions = distributions or {name: Normal(0.3) for name, _ in model.named_parameters()}
     layouts, blocks = {}, [block for _, block in model.blocks()]
@@ -60,23 +62,13 @@ def build(
     return model, layouts
 
 
-def samples(rows: slice, dtype=torch.float64) -> dict[str, torch.Tensor]:
-    g = torch.Generator().manual_seed(0)
-    r = lambda *shape: torch.randn(*shape, generator=g, dtype=dtype)  # noqa: E731
-    inputs = {
-        "img": r(BATCH, IMG, 64),
-        "img_ids": image_ids(BATCH, 4, 6, torch.device("cpu")),
-        "txt": r(BATCH, TXT, 20),
-        "txt_ids": text_ids(BATCH, TXT, torch.device("cpu")),
-        "timesteps": torch.rand(BATCH, generator=g, dtype=dtype),
-        "y": r(BATCH, 12),
-        "guidance": torch.full((BATCH,), 3.5, dtype=dtype),
-    }
-    return {name: value[rows] for name, value in inputs.items()}
+def samples(config, rows: slice, dtype=torch.float64) -> dict[str, torch.Tensor]:
+    given = arguments(config, BATCH, image=IMG, text=TXT, dtype=dtype)
+    return {name: value[rows] for name, value in given.items()}
 
 
 def backward(model, rows=slice(0, BATCH), dtype=torch.float64) -> None:
-    (model(**samples(rows, dtype)) ** 2).sum().div(BATCH).backward()
+    (model(**samples(model.config, rows, dtype)) ** 2).sum().div(BATCH).backward()
 
 
 def clipped(options: dict, data: int, max_norm: float):
@@ -90,11 +82,7 @@ def clipped(options: dict, data: int, max_norm: float):
     settings = {"group": groups[rank * copies // world], "layouts": layouts, "tp_rank": rank % options["tp"]}
     parameters = dict(model.named_parameters())
     norms = [clip_grad_norm(parameters, limit, **settings).item() for limit in (max_norm, 0.0)]
-    return norms, unsharded(model.img_in.weight.grad)
-
-
-def unsharded(value: torch.Tensor) -> torch.Tensor:
-    return value.full_tensor() if isinstance(value, DTensor) else value.detach()
+    return norms, whole(model.img_in.weight.grad)
 
 
 def gradients(options: dict, data: int = 1):
@@ -106,14 +94,7 @@ def gradients(options: dict, data: int = 1):
     share = BATCH // data
     index = torch.distributed.get_rank() * data // torch.distributed.get_world_size() if data > 1 else 0
     backward(model, slice(index * share, (index + 1) * share))
-    return {name: unsharded(p.grad) for name, p in model.named_parameters()}, layouts
-
-
-def part(native: torch.Tensor, layout) -> torch.Tensor:
-    """What a rank should hold of a native tensor."""
-    if layout is None:
-        return native
-    return torch.cat([native.narrow(layout.dim, *section) for section in layout.sections], layout.dim)
+    return {name: whole(p.grad) for name, p in model.named_parameters()}, layouts
 
 
 def errors(result, want: dict[str, torch.Tensor]) -> dict[str, float]:
@@ -127,7 +108,8 @@ def errors(result, want: dict[str, torch.Tensor]) -> dict[str, float]:
 
 @pytest.fixture(scope="module")
 def one_process():
-    return gradients({})[0]
+    """Its gradients, by family."""
+    return {family: gradients({"family": family})[0] for family in CONFIGS}
 
 
 @pytest.mark.distributed
@@ -142,16 +124,26 @@ def one_process():
         (4, {"tp": 2, "fsdp": 2}, 2),
         (4, {"tp": 2, "fsdp": 2, "remat": "full"}, 2),
         (8, {"tp": 2, "fsdp": 2, "replicate": 2}, 4),
+        (4, {"tp": 4, "family": "flux2"}, 1),
+        pytest.param(
+            2,
+            {"tp": 2, "family": "flux2", "remat": "selective", "compile": True},
+            1,
+            marks=pytest.mark.slow,
+        ),
+        (4, {"tp": 2, "family": "flux2", "fsdp": 2, "remat": "full"}, 2),
+        (8, {"tp": 2, "family": "flux2", "fsdp": 2, "replicate": 2}, 4),
     ],
     ids=str,
 )
 def test_gradients_equal_one_process(ranks, options, data, one_process):
+    want = one_process[options.get("family", "flux1")]
     for result in run_ranks(ranks, gradients, options, data):
-        found = errors(result, one_process)
+        found = errors(result, want)
         assert max(found.values()) <= 1e-11, max(found.items(), key=lambda item: item[1])
         layouts = result[1]
-        assert sum(p.numel() for p in result[0].values()) < 0.8 * sum(p.numel() for p in one_process.values())
-        assert "single_blocks.0.linear1.bias" in layouts
+        assert sum(p.numel() for p in result[0].values()) < 0.8 * sum(p.numel() for p in want.values())
+        assert "single_blocks.0.linear1.weight" in layouts
 
 
 @pytest.mark.distributed
@@ -166,11 +158,12 @@ def test_gradients_equal_one_process(ranks, options, data, one_process):
     ids=str,
 )
 def test_each_element_counts_once_in_the_norm(ranks, options, data, one_process):
-    norm = torch.cat([grad.flatten() for grad in one_process.values()]).norm().item()
+    want = one_process["flux1"]
+    norm = torch.cat([grad.flatten() for grad in want.values()]).norm().item()
     for (before, after), gradient in run_ranks(ranks, clipped, options, data, norm / 3):
         assert before == pytest.approx(norm, rel=1e-11)
         assert after == pytest.approx(norm / 3, rel=1e-5)
-        torch.testing.assert_close(gradient, one_process["img_in.weight"] / 3, rtol=1e-5, atol=0)
+        torch.testing.assert_close(gradient, want["img_in.weight"] / 3, rtol=1e-5, atol=0)
 
 
 def without_the_sum_of_scales() -> tuple:
@@ -181,17 +174,21 @@ def without_the_sum_of_scales() -> tuple:
 @pytest.mark.distributed
 def test_qk_scales_need_the_sum_over_ranks(one_process):
     """Without it, their gradients are wrong, and theirs alone: nothing else would notice."""
-    found = errors(run_ranks(2, without_the_sum_of_scales)[0], one_process)
+    found = errors(run_ranks(2, without_the_sum_of_scales)[0], one_process["flux1"])
     wrong = {name for name, error in found.items() if error > 1e-3}
     assert wrong == {name for name in found if name.endswith("_norm.scale")}
 
 
 @pytest.mark.distributed
-def test_names_of_what_is_shared_out():
+@pytest.mark.parametrize(
+    "config",
+    [replace(CONFIG, qkv_bias=False, guidance_embed=False), small2()],
+    ids=lambda config: config.family,
+)
+def test_names_of_what_is_shared_out(config):
     """The names that are shared out: every matrix of a block, and the biases of column-parallel ones."""
-    config = replace(CONFIG, qkv_bias=False, guidance_embed=False)
     (layouts,) = {tuple(sorted(found)) for found in run_ranks(2, layout_names, config)}
-    model = Flux1Model(config)
+    model = model_class(config)(config)
     rows = ("proj", "mlp.2", "linear2")
     want = {
         name
@@ -221,19 +218,32 @@ def test_layouts_of_a_rank():
         assert layouts["double_blocks.0.img_mod.lin.bias"].sections == ((rank * 96, 96),)
 
 
-def layouts_on_a_rank():
-    return build(tp=2)[1]
+@pytest.mark.distributed
+def test_layouts_of_a_rank_with_gated_mlps():
+    """Rank 1 of 2: the second half of the gates and of what they let through, whose products meet."""
+    for rank, layouts in enumerate(run_ranks(2, layouts_on_a_rank, "flux2")):
+        linear1 = layouts["single_blocks.1.linear1.weight"].sections
+        assert linear1[3:] == ((96 + rank * 48, 48), (192 + rank * 48, 48))
+        assert layouts["single_blocks.1.linear2.weight"].sections == ((rank * 16, 16), (32 + rank * 48, 48))
+        assert layouts["double_blocks.0.txt_mlp.0.weight"].sections == (
+            (rank * 48, 48),
+            (96 + rank * 48, 48),
+        )
+
+
+def layouts_on_a_rank(family="flux1"):
+    return build(tp=2, family=family)[1]
 
 
 def weights(options: dict):
     model, layouts = build(dtype=torch.float32, **options)
-    return {name: unsharded(p) for name, p in model.named_parameters()}, layouts
+    return {name: whole(p) for name, p in model.named_parameters()}, layouts
 
 
 @pytest.mark.distributed
 def test_initial_weights_are_those_of_one_process():
     """Bit for bit; `Normal` in every element, and the model's own, whose fused linears have sections."""
-    own = Flux1Model(CONFIG).init_distributions()
+    own = model_class(CONFIG)(CONFIG).init_distributions()
     for distributions in (None, own):
         want = weights({"distributions": distributions})[0]
         if distributions is None:
@@ -265,34 +275,36 @@ class Counter(TorchDispatchMode):
         return out
 
 
-def counted(remat: str) -> list[dict[str, list[int]]]:
+def counted(family: str, remat: str) -> list[dict[str, list[int]]]:
     """What forward, then backward, communicate."""
-    model, _ = build(tp=2, remat=remat)
+    model, _ = build(tp=2, family=family, remat=remat)
     with Counter() as forward:
-        loss = (model(**samples(slice(0, BATCH))) ** 2).sum()
+        loss = (model(**samples(model.config, slice(0, BATCH))) ** 2).sum()
     with Counter() as after:
         loss.backward()
     return [forward.elements, after.elements]
 
 
 @pytest.mark.distributed
-def test_what_is_communicated_is_what_the_formula_says():
-    h, d, tokens, config = CONFIG.hidden_size, CONFIG.head_dim, BATCH * (TXT + IMG), CONFIG
+@pytest.mark.parametrize("family", CONFIGS)
+def test_what_is_communicated_is_what_the_formula_says(family):
+    config = CONFIGS[family]
+    h, d, tokens = config.hidden_size, config.head_dim, BATCH * (TXT + IMG)
     double, single = config.depth, config.depth_single_blocks
     reduced = (2 * double + single) * tokens * h
-    gathered = (12 * double + 3 * single) * BATCH * h
-    small = (2 * double + single) * (BATCH * h + 2 * d)
-    for forward, after in run_ranks(2, counted, "none"):
-        assert {op: sum(sizes) for op, sizes in forward.items()} == {
-            "all_reduce": reduced,
-            "all_gather_into_tensor": gathered,
-        }
+    want = {"all_reduce": reduced}
+    small = (2 * double + single) * 2 * d
+    if family == "flux1":  # whose blocks have modulations of their own
+        want["all_gather_into_tensor"] = (12 * double + 3 * single) * BATCH * h
+        small += (2 * double + single) * BATCH * h
+    for forward, after in run_ranks(2, counted, family, "none"):
+        assert {op: sum(sizes) for op, sizes in forward.items()} == want
         assert {op: sum(sizes) for op, sizes in after.items()} == {"all_reduce": reduced + small}
         assert len(forward["all_reduce"]) == 4 * double + single
-    for forward, after in run_ranks(2, counted, "full"):
+    for forward, after in run_ranks(2, counted, family, "full"):
         assert sum(forward["all_reduce"]) == reduced
         assert sum(after["all_reduce"]) == 2 * reduced + small, "the forward again"
-    for forward, after in run_ranks(2, counted, "selective"):
+    for forward, after in run_ranks(2, counted, family, "selective"):
         assert sum(forward["all_reduce"]) == reduced
         assert {op: sum(sizes) for op, sizes in after.items()} == {"all_reduce": reduced + small}, (
             "all is kept"
