@@ -3,17 +3,18 @@
 import pytest
 import torch
 import torch.distributed as dist
+from helpers.held import whole
 from helpers.ranks import run_ranks
-from helpers.small_model import small
+from helpers.small_model import arguments, small, small2
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from flux_trainer.config.schema import ActivationCheckpoint, Compile, Parallelism
-from flux_trainer.flow.latents import image_ids, text_ids
 from flux_trainer.models.flops import macs
-from flux_trainer.models.flux1 import Flux1Model
 from flux_trainer.models.init import Normal
+from flux_trainer.models.model import FluxModel
+from flux_trainer.models.registry import model_class
 from flux_trainer.parallel.cast import read_as
 from flux_trainer.parallel.compile import compile_blocks
 from flux_trainer.parallel.cut import take
@@ -25,15 +26,19 @@ from flux_trainer.parallel.remat import apply_checkpointing
 from flux_trainer.parallel.stages import spans
 from flux_trainer.runtime.dist import tells_of_lost_peer
 
-CONFIG = small(hidden_size=16, num_heads=2, depth_single_blocks=4)
+CONFIGS = {
+    "flux1": small(hidden_size=16, num_heads=2, depth_single_blocks=4),
+    "flux2": small2(hidden_size=16, num_heads=2, depth_single_blocks=4),
+}
 MICRO_BATCHES = 4
 SMALL = {"size": 1, "text": 4, "width": 4}  # another shape than the default one of `micro_batches`
 
 
-def meta_model(dtype=torch.float64) -> Flux1Model:
+def meta_model(family: str = "flux1", dtype=torch.float64) -> FluxModel:
+    config = CONFIGS[family]
     torch.set_default_dtype(dtype)
     with torch.device("meta"):
-        model = Flux1Model(CONFIG)
+        model = model_class(config)(config)
     torch.set_default_dtype(torch.float32)
     return model
 
@@ -44,22 +49,12 @@ def fill(part: torch.nn.Module) -> None:
     init_weights(part, {name: Normal(0.3) for name, _ in part.named_parameters()}, seed=1)
 
 
-def micro_batches(group: int = 0, size: int = 2, text: int = 5, width: int = 6) -> list[dict[str, Tensor]]:
+def micro_batches(
+    group: int = 0, size: int = 2, text: int = 5, width: int = 6, family: str = "flux1"
+) -> list[dict[str, Tensor]]:
     """The micro-batches of the ranks that work on the same samples."""
-    g = torch.Generator().manual_seed(group)
-    r = lambda *shape: torch.randn(*shape, generator=g, dtype=torch.float64)  # noqa: E731
-    return [
-        {
-            "img": r(size, width, 64),
-            "img_ids": image_ids(size, 4, width, torch.device("cpu")),
-            "txt": r(size, text, 20),
-            "txt_ids": text_ids(size, text, torch.device("cpu")),
-            "timesteps": torch.rand(size, generator=g, dtype=torch.float64),
-            "y": r(size, 12),
-            "guidance": torch.full((size,), 3.5, dtype=torch.float64),
-        }
-        for _ in range(MICRO_BATCHES)
-    ]
+    seeds = range(MICRO_BATCHES * group, MICRO_BATCHES * (group + 1))
+    return [arguments(CONFIGS[family], size, image=width, text=text, seed=seed) for seed in seeds]
 
 
 def loss(output: Tensor, number: int) -> Tensor:
@@ -67,34 +62,37 @@ def loss(output: Tensor, number: int) -> Tensor:
     return (output**2).sum() * (number + 1) / 7
 
 
-def whole(tensor: Tensor) -> Tensor:
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.clone()
-
-
-def one_process(groups: int = 1, **shape: int) -> dict[str, Tensor]:
+def one_process(family: str = "flux1", groups: int = 1, **shape: int) -> dict[str, Tensor]:
     """What the pipeline must reproduce: gradients by name, the sum of the losses, and a prediction."""
-    model = meta_model()
+    model = meta_model(family)
     fill(model)
     total = 0.0
     for group in range(groups):
-        for number, inputs in enumerate(micro_batches(group, **shape)):
+        for number, inputs in enumerate(micro_batches(group, family=family, **shape)):
             each = loss(model(**inputs), number)
             each.backward()
             total = total + each.detach()
     gradients = {name: p.grad for name, p in model.named_parameters()}
     with torch.no_grad():
-        return gradients | {"loss": total, "prediction": model(**micro_batches(0, **shape)[1])}
+        prediction = model(**micro_batches(0, family=family, **shape)[1])
+    return gradients | {"loss": total, "prediction": prediction}
 
 
 def pipeline_of(
-    parallelism: dict, schedule: str, remat="none", compile=False, hold=False, dtype=torch.float64
+    parallelism: dict,
+    schedule: str,
+    remat="none",
+    compile=False,
+    hold=False,
+    dtype=torch.float64,
+    family="flux1",
 ):
     """A pipeline with random weights on this process's mesh, and the mesh."""
     mesh = build_mesh(Parallelism(**parallelism), dist.get_world_size(), "cpu")
     assert mesh.pp is not None
-    cost = macs(CONFIG, 6, 5)
+    cost = macs(CONFIGS[family], 6, 5)
     pipeline = Pipeline(
-        meta_model(),
+        meta_model(family),
         spans(schedule, mesh.sizes["pp"], cost.blocks, cost.inputs + cost.embedders, cost.head),
         mesh.pp,
         schedule=schedule,
@@ -118,9 +116,10 @@ def on_a_rank(cases: list[dict]) -> list[list[dict[str, Tensor]]]:
     results = []
     for case in cases:
         pipeline, mesh = pipeline_of(**case)
+        family = case.get("family", "flux1")
         results.append([])
         for shape in shapes_of(case):
-            mine = micro_batches(mesh.rank("dp_replicate", "dp_shard"), **shape)
+            mine = micro_batches(mesh.rank("dp_replicate", "dp_shard"), family=family, **shape)
             result = {"loss": pipeline.forward_backward(mine, loss)}
             for part in pipeline.parts:
                 for name, parameter in part.named_parameters():
@@ -128,7 +127,7 @@ def on_a_rank(cases: list[dict]) -> list[list[dict[str, Tensor]]]:
                     assert not gathered, f"{name} is still whole after the step"
                     result[name] = whole(parameter.grad)
                     parameter.grad = None
-            result["prediction"] = pipeline.predict(micro_batches(0, **shape)[1])
+            result["prediction"] = pipeline.predict(micro_batches(0, family=family, **shape)[1])
             for part in pipeline.parts:
                 reshard(part)
             results[-1].append(result)
@@ -155,6 +154,7 @@ def check(results: list[dict[str, Tensor]], want: dict[str, Tensor], ranks_per_s
 
 TWO = {"pipeline_parallel_degree": 2}
 FOUR = {"pipeline_parallel_degree": 4}
+FLUX2 = {"family": "flux2"}  # whose shared modulations are the first stage's
 
 
 @pytest.mark.distributed
@@ -185,12 +185,29 @@ FOUR = {"pipeline_parallel_degree": 4}
                 {"parallelism": {**TWO, "data_parallel_replicate_degree": 2}, "schedule": "1F1B"},
             ],
         ),
+        (
+            4,
+            [
+                FLUX2 | {"parallelism": FOUR, "schedule": "1F1B"},
+                FLUX2 | {"parallelism": TWO, "schedule": "Interleaved1F1B", "hold": True, "remat": "full"},
+            ],
+        ),
+        pytest.param(
+            2,
+            [FLUX2 | {"parallelism": TWO, "schedule": "1F1B", "remat": "selective", "compile": True}],
+            marks=pytest.mark.slow,
+        ),
     ],
-    ids=("2 ranks", "compiled", "4 ranks"),
+    ids=("2 ranks", "compiled", "4 ranks", "4 ranks, flux2", "compiled, flux2"),
 )
 def test_gradients_losses_and_predictions_equal_one_process(ranks, cases):
     results = run_ranks(ranks, on_a_rank, cases, timeout=60)
-    want = {(groups, str(shape)): one_process(groups, **shape) for groups in (1, 2) for shape in ({}, SMALL)}
+    family = cases[0].get("family", "flux1")
+    want = {
+        (groups, str(shape)): one_process(family, groups, **shape)
+        for groups in (1, 2)
+        for shape in ({}, SMALL)
+    }
     for number, case in enumerate(cases):
         groups = ranks // case["parallelism"]["pipeline_parallel_degree"]
         for step, shape in enumerate(shapes_of(case)):
@@ -238,23 +255,24 @@ class Traffic(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def traffic_on_a_rank() -> list[list[int]]:
-    counts = []
+def traffic_on_a_rank(family: str) -> list[list[int]]:
+    counts, given = [], micro_batches(family=family)
     for schedule, hold in (("1F1B", False), ("1F1B", True), ("Interleaved1F1B", False)):
-        pipeline, _ = pipeline_of(TWO, schedule, hold=hold)
-        pipeline.forward_backward(micro_batches(), loss)  # the first step with a shape prepares for it
+        pipeline, _ = pipeline_of(TWO, schedule, hold=hold, family=family)
+        pipeline.forward_backward(given, loss)  # the first step with a shape prepares for it
         with Traffic() as step:
-            pipeline.forward_backward(micro_batches(), loss)
+            pipeline.forward_backward(given, loss)
         with Traffic() as prediction:
-            pipeline.predict(micro_batches()[0])
+            pipeline.predict(given[0])
         counts.append([step.sent, step.gathers, step.reductions, prediction.sent])
     return counts
 
 
 @pytest.mark.distributed
-def test_traffic_is_what_the_formula_says():
-    results = run_ranks(4, traffic_on_a_rank)
-    state = 2 * (5 + 6 + 1) * 16  # B (L + 1) h
+@pytest.mark.parametrize(("family", "vectors"), [("flux1", 1), ("flux2", 1 + 6 + 6 + 3)])
+def test_traffic_is_what_the_formula_says(family, vectors):
+    results = run_ranks(4, traffic_on_a_rank, family)
+    state = 2 * (5 + 6 + vectors) * 16  # B (L + v) h
     n, blocks, roots = MICRO_BATCHES, 6, 2  # both stages together
     for number, stages in enumerate((2, 2, 4)):
         per_chain = [[sum(rank[number][i] for rank in results) // 2 for i in (0, 3)]]
@@ -294,16 +312,24 @@ def test_an_error_of_the_model_or_the_loss_is_no_lost_peer():
     assert run_ranks(2, fail, "loss", lost={0})[1] == "RuntimeError: this loss is too hard"
 
 
-def test_parts_keep_names_and_leave_nothing_out_and_nothing_else_in():
-    model = meta_model()
+EMBEDDERS = {
+    "flux1": {"img_in", "time_in", "vector_in", "guidance_in", "txt_in"},
+    "flux2": {
+        *("img_in", "time_in", "guidance_in", "txt_in", "single_stream_modulation"),
+        *("double_stream_modulation_img", "double_stream_modulation_txt"),
+    },
+}
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_parts_keep_names_and_leave_nothing_out_and_nothing_else_in(family):
+    model = meta_model(family)
     cuts = spans("Interleaved1F1B", 2, [1] * 6)
     parts = [take(model, cut, embedders=i == 0, head=i == 3) for i, cut in enumerate(cuts)]
     names = [[name for name, _ in part.named_parameters()] for part in parts]
     together = [name for part in names for name in part]
     assert sorted(together) == sorted(name for name, _ in model.named_parameters())
     assert [name for part in parts for name, _ in part.blocks()] == [name for name, _ in model.blocks()]
-    assert {name.split(".")[0] for name in names[0]} == {
-        *("img_in", "time_in", "vector_in", "guidance_in", "txt_in", "double_blocks")
-    }
+    assert {name.split(".")[0] for name in names[0]} == EMBEDDERS[family] | {"double_blocks"}
     assert {name.split(".")[0] for name in names[3]} == {"single_blocks", "final_layer"}
     assert len(list(model.blocks())) == 6, "the model itself is left alone"
