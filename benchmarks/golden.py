@@ -8,8 +8,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from flux_trainer.flow.euler import euler
-from flux_trainer.flow.latents import unpack
-from flux_trainer.flow.timesteps import schedule
+from flux_trainer.flow.latents import FLUX1
+from flux_trainer.flow.timesteps import flux1_mu, schedule
 from flux_trainer.models.autoencoder import AutoEncoder, AutoEncoderConfig
 from flux_trainer.models.configs import Flux1Config, Flux2Config
 from flux_trainer.models.flux1 import Flux1Model
@@ -79,7 +79,9 @@ def _sampler() -> list[Row]:
         abs(ours - theirs)
         for case in cases
         for ours, theirs in zip(
-            schedule(case["num_steps"], case["image_seq_len"], case["shift"]), case["timesteps"], strict=True
+            schedule(case["num_steps"], flux1_mu(case["image_seq_len"]) if case["shift"] else None),
+            case["timesteps"],
+            strict=True,
         )
     )
     model, io = _load("flux1_A", Flux1Model, Flux1Config), load_file(GOLDEN / "sampling/flux1_A.safetensors")
@@ -91,7 +93,7 @@ def _sampler() -> list[Row]:
     end = euler(velocity, io["in.noise"], io["timesteps"].tolist())
     return [
         (f"times of {len(cases)} schedules", BFL1, f"{times:.1e}"),
-        ("flux1_A: latents after 4 steps", BFL1, absolute(unpack(end, 8, 12), io["out_unpacked"])),
+        ("flux1_A: latents after 4 steps", BFL1, absolute(FLUX1.unpack(end, 8, 12), io["out_unpacked"])),
     ]
 
 

@@ -33,7 +33,7 @@ from flux_trainer.data.samples import Batch, ValidationSamples
 from flux_trainer.encoders.bundle import Encoders
 from flux_trainer.encoders.text import TextFeatures
 from flux_trainer.flow import rng
-from flux_trainer.flow.latents import image_ids, pack, text_ids, unpack
+from flux_trainer.flow.latents import FLUX1
 from flux_trainer.hub.convert import convert
 from flux_trainer.hub.load import load_weights
 from flux_trainer.hub.weights import open_weights
@@ -42,7 +42,7 @@ from flux_trainer.models import registry
 from flux_trainer.parallel.apply import Parallel
 from flux_trainer.parallel.mesh import DataGroup
 from flux_trainer.runtime.dist import init_distributed
-from flux_trainer.sample import denoise
+from flux_trainer.sample import denoise, sampler_mu
 from flux_trainer.validate import validation_loss
 from flux_trainer.velocity import Velocity
 
@@ -71,16 +71,16 @@ class Setup:
         """diffusers' velocity, with the arguments and the result of `Velocity`."""
         height, width = x.shape[2:]
         tokens = self.transformer(
-            hidden_states=pack(x).to(self.dtype),
+            hidden_states=FLUX1.pack(x).to(self.dtype),
             timestep=t,
             guidance=guidance if self.transformer.config.guidance_embeds else None,
             pooled_projections=vec.to(self.dtype),
             encoder_hidden_states=txt.to(self.dtype),
-            txt_ids=text_ids(1, txt.shape[1], self.device)[0],
-            img_ids=image_ids(1, height, width, self.device)[0],
+            txt_ids=FLUX1.text_ids(1, txt.shape[1], self.device)[0],
+            img_ids=FLUX1.image_ids(1, height, width, self.device)[0],
             return_dict=False,
         )[0]
-        return unpack(tokens, height, width)
+        return FLUX1.unpack(tokens, height, width)
 
     def guidance(self, count: int) -> Tensor | None:
         """As in training."""
@@ -237,18 +237,19 @@ def pictures(setup: Setup, args: argparse.Namespace) -> tuple[Any, Row]:
     import diffusers as library
 
     steps, guidance, cfg_scale = scales(setup.config.model.flavor)
-    steps, shift = args.steps or steps, setup.config.model.flavor != "flux-schnell"
+    steps = args.steps or steps
     guidance = (guidance or setup.config.flow.guidance) if setup.ours.config.guidance_embed else None
     side = setup.config.training.img_size
     requests = [
         Request(p, side, side, steps, guidance, cfg_scale, SEED + i) for i, p in enumerate(args.prompts)
     ]
     known = features(setup, ["", *args.prompts])
-    latents = denoise(requests, known, setup.ours, shift, setup.device, torch.float32)
+    mu = sampler_mu(setup.config.model.flavor)
+    latents = denoise(requests, known, setup.ours, FLUX1, mu, setup.device, torch.float32)
     ours = setup.encoders.decode(latents)
 
     scheduler = library.FlowMatchEulerDiscreteScheduler(
-        use_dynamic_shifting=shift,
+        use_dynamic_shifting=mu is not None,
         base_shift=0.5,
         max_shift=1.15,
         base_image_seq_len=256,
@@ -268,13 +269,13 @@ def pictures(setup: Setup, args: argparse.Namespace) -> tuple[Any, Row]:
         negative_pooled_prompt_embeds=known[""].vec.expand(count, -1).to(setup.dtype),
         true_cfg_scale=cfg_scale,
         guidance_scale=guidance or 0.0,
-        latents=pack(noise).to(setup.dtype),
+        latents=FLUX1.pack(noise).to(setup.dtype),
         height=side,
         width=side,
         num_inference_steps=steps,
         output_type="latent",
     ).images
-    theirs = setup.encoders.decode(unpack(theirs, *shape[1:]).float())
+    theirs = setup.encoders.decode(FLUX1.unpack(theirs, *shape[1:]).float())
     levels = (ours.int() - theirs.int()).abs()
     captions = [f"{p} ({who})" for who in ("ours", "diffusers") for p in args.prompts]
     sheet = grid([*ours, *theirs], captions, columns=count)

@@ -1,4 +1,4 @@
-"""FLUX.1 as a training problem: what a batch becomes, and what its loss is.
+"""FLUX as a training problem: what a batch becomes, and what its loss is.
 
     x_t = (1 - t) x_0 + t noise,    target velocity = noise - x_0    (rectified flow, Liu et al. 2022)
 
@@ -23,12 +23,13 @@ from flux_trainer.data.loader import TrainLoader, ValidationLoader
 from flux_trainer.data.sampler import open_mixture
 from flux_trainer.data.samples import Batch, TrainSamples, ValidationSamples
 from flux_trainer.encoders.bundle import Encoded, Encoders
+from flux_trainer.encoders.choose import kind_of
 from flux_trainer.flow import rng
-from flux_trainer.flow.latents import pack
+from flux_trainer.flow.latents import SPACES
 from flux_trainer.flow.loss import flow_loss
 from flux_trainer.flow.path import interpolate, velocity
 from flux_trainer.flow.rng import Purpose
-from flux_trainer.flow.timesteps import loss_weight, sample_timesteps
+from flux_trainer.flow.timesteps import loss_weight, sample_timesteps, training_mu
 from flux_trainer.metrics.console import validation_line
 from flux_trainer.metrics.pictures import grid
 from flux_trainer.models import registry
@@ -40,7 +41,7 @@ from flux_trainer.parallel.compile import compile_loss
 from flux_trainer.parallel.mesh import DATA, SHARED, data_group
 from flux_trainer.runtime.dist import all_gather_rows
 from flux_trainer.runtime.log import logger
-from flux_trainer.sample import draw, encode_prompts, share_out
+from flux_trainer.sample import draw, encode_prompts, sampler_mu, share_out
 from flux_trainer.trainer import Trainer
 from flux_trainer.validate import validation_loss
 from flux_trainer.velocity import Velocity, check_features, shared_encoder
@@ -51,32 +52,37 @@ class MicroBatch:
     """What one forward pass takes, and what its output is compared with."""
 
     x_t: Tensor
-    """[B, 16, H/8, W/8]: noisy latents."""
+    """[B, C, h, w]: noisy latents."""
     t: Tensor
     """[B], in [0, 1]."""
     txt: Tensor
-    """[B, T, C]: T5's features."""
-    vec: Tensor
-    """[B, D]: CLIP's pooled features."""
+    """[B, T, D]: the caption's tokens."""
+    vec: Tensor | None
+    """[B, D']: the pooled caption; FLUX.2 has none."""
     target: Tensor
-    """[B, 16, H/8, W/8]: velocity."""
+    """[B, C, h, w]: velocity."""
     weight: Tensor | None
     """[B]: weight of each sample's loss; None: 1."""
 
 
 class FluxTrainer(Trainer):
-    """Trains a FLUX.1 transformer on images and captions; autoencoder and text encoders stay frozen."""
+    """Trains a FLUX transformer on images and captions; autoencoder and text encoders stay frozen."""
 
     def __init__(self, config: JobConfig) -> None:
         self.model_config = registry.FLAVORS[config.model.flavor]
-        self.latent_side = config.training.img_size // 8
-        self.image_tokens = (self.latent_side // 2) ** 2
-        self.latent_shape = (16, self.latent_side, self.latent_side)
+        self.space = SPACES[self.model_config.family]
+        self.latent_shape = self.space.shape(config.training.img_size, config.training.img_size)
         self.mixture = open_mixture(config.data.sources, config.debug.seed)
         super().__init__(config)
         self.wide = torch.promote_types(self.compute_dtype, torch.float32)  # of noise, latents and targets
         self.flow_loss = compile_loss(flow_loss, config.compile)
-        self.encoders = Encoders(config.encoder, self.device, config.debug.seed, shared_encoder(self.mesh))
+        self.encoders = Encoders(
+            config.encoder,
+            self.device,
+            config.debug.seed,
+            shared_encoder(self.mesh),
+            kind_of(self.model_config),
+        )
         check_features(config, self.encoders.text, self.model_config)
         self.velocity = Velocity(self.parallel, self.model_config, self.device)
         self.group = data_group(self.mesh, self.world)
@@ -111,9 +117,7 @@ class FluxTrainer(Trainer):
         )
 
     def flops_per_sample(self) -> int:
-        return train_flops_per_sample(
-            self.model_config, self.image_tokens, self.config.encoder.max_t5_encoding_len
-        )
+        return train_flops_per_sample(self.model_config, *self.tokens_per_sample())
 
     def tokens_per_sample(self) -> tuple[int, int]:
         return tokens(self.config)
@@ -157,16 +161,15 @@ class FluxTrainer(Trainer):
     def prepare(self, draws: Tensor, encoded: Encoded) -> MicroBatch:
         """Noise for B encoded samples with the given draws [B]."""
         seed, flow = self.config.debug.seed, self.config.flow
-        x_0 = encoded.latents.to(self.wide)  # [B, 16, H/8, W/8]
+        x_0 = encoded.latents.to(self.wide)  # [B, C, h, w]
         noise = rng.normal(seed, Purpose.NOISE, draws, self.latent_shape, self.wide)
         t = sample_timesteps(
             seed,
             draws,
-            self.image_tokens,
             sampling=flow.timestep_sampling,
             logit_mean=flow.logit_mean,
             logit_std=flow.logit_std,
-            shift=flow.shift,
+            mu=training_mu(flow.shift, self.model_config.family, self.tokens_per_sample()[0]),
         )
         weight = None if flow.weighting == "none" else loss_weight(t, flow.weighting)
         return MicroBatch(
@@ -187,14 +190,14 @@ class FluxTrainer(Trainer):
         return torch.full_like(t, self.config.flow.guidance)
 
     def loss(self, output: Tensor, micro_batch: MicroBatch) -> Tensor:
-        target = pack(micro_batch.target)  # [B, L, 64]
+        target = self.space.pack(micro_batch.target)  # [B, L, C]
         elements = target[0].numel()
         if self.parallel.context:
             (target,) = self.parallel.context.split(target)
         return self.flow_loss(output, target, micro_batch.weight, self.global_batch_size, elements)
 
-    def predict(self, x_t: Tensor, t: Tensor, txt: Tensor, vec: Tensor) -> Tensor:
-        """The model's velocity [B, 16, H/8, W/8], without gradients; arguments as in `MicroBatch`."""
+    def predict(self, x_t: Tensor, t: Tensor, txt: Tensor, vec: Tensor | None) -> Tensor:
+        """The model's velocity [B, C, h, w], without gradients; arguments as in `MicroBatch`."""
         return self.velocity(x_t, t, txt, vec, self.guidance(t))
 
     def identity(self) -> dict[str, Any]:
@@ -302,7 +305,8 @@ class FluxTrainer(Trainer):
             text,
             self.velocity,
             self.encoders.decode,
-            shift=self.config.model.flavor != "flux-schnell",
+            space=self.space,
+            mu=sampler_mu(self.config.model.flavor),
             group=self.group,
             dtype=self.wide,
         )

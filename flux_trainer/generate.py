@@ -9,6 +9,7 @@ import gc
 import os
 from collections.abc import Mapping
 from itertools import count
+from math import prod
 from pathlib import Path
 
 import torch
@@ -18,19 +19,22 @@ from torch import Tensor
 from flux_trainer.config.pictures import Order, Request, metadata
 from flux_trainer.config.schema import ActivationCheckpoint, JobConfig
 from flux_trainer.encoders.bundle import Codec
-from flux_trainer.encoders.text import TextEncoders, TextFeatures
+from flux_trainer.encoders.choose import kind_of, text_encoders
+from flux_trainer.encoders.text import TextFeatures
+from flux_trainer.flow.latents import LatentSpace
 from flux_trainer.hub.load import load_weights
 from flux_trainer.metrics.pictures import grid, thumbnail, to_image
 from flux_trainer.metrics.progress import Progress
 from flux_trainer.models import registry
-from flux_trainer.models.configs import Flux1Config
+from flux_trainer.models.configs import ModelConfig
 from flux_trainer.parallel.apply import Parallel, parallelize
+from flux_trainer.parallel.arithmetic import tokens
 from flux_trainer.parallel.mesh import DataGroup, Mesh, build_mesh, data_group
 from flux_trainer.parallel.stages import STAGES_PER_RANK
 from flux_trainer.runtime import peers
 from flux_trainer.runtime.dist import init_distributed, set_deterministic
 from flux_trainer.runtime.log import logger
-from flux_trainer.sample import Round, batch_of, draw, encode_prompts, share_out
+from flux_trainer.sample import Round, batch_of, draw, encode_prompts, sampler_mu, share_out
 from flux_trainer.velocity import Velocity, check_features, shared_encoder
 
 THUMBNAIL = 384  # pixels; longest side of a picture on the contact sheet
@@ -70,7 +74,8 @@ def draw_pictures(order: Order, config: JobConfig) -> None:
     codec = Codec(config.encoder, world.device)
 
     velocity = Velocity(parallel, model, world.device)
-    total = sum(_work(requests[i]) for batches in rounds for i in batch_of(batches, group.number))
+    mine = [requests[i] for batches in rounds for i in batch_of(batches, group.number)]
+    total = sum(_work(request, velocity.space) for request in mine)
     progress, done = Progress(shown=world.rank == 0), 0
     thumbnails: dict[int, Tensor] = {}
 
@@ -87,7 +92,8 @@ def draw_pictures(order: Order, config: JobConfig) -> None:
         features,
         predict,
         codec.decode,
-        shift=config.model.flavor != "flux-schnell",
+        space=velocity.space,
+        mu=sampler_mu(config.model.flavor),
         group=group,
         dtype=torch.promote_types(dtype, torch.float32),
     )
@@ -104,14 +110,15 @@ def draw_pictures(order: Order, config: JobConfig) -> None:
 
 def _encode(
     config: JobConfig,
-    model: Flux1Config,
+    model: ModelConfig,
     mesh: Mesh,
     group: DataGroup,
     requests: list[Request],
     rounds: list[Round],
 ) -> dict[str, TextFeatures]:
     """Features of the texts that this rank needs, on the host; the encoders are gone when it returns."""
-    text = TextEncoders(config.encoder, group.world.device, config.debug.seed, shared_encoder(mesh))
+    device, seed, shard = group.world.device, config.debug.seed, shared_encoder(mesh)
+    text = text_encoders(config.encoder, kind_of(model), device, seed, shard)
     check_features(config, text, model)
     return encode_prompts(requests, rounds, text, group, config.inference.local_batch_size)
 
@@ -125,7 +132,7 @@ def _transformer(
     parallel = parallelize(
         model,
         mesh,
-        tokens=(max(r.width * r.height for r in requests) // 256, config.encoder.max_t5_encoding_len),
+        tokens=(max(r.width * r.height for r in requests) // 256, tokens(config)[1]),
         parallelism=config.parallelism,
         activation_checkpoint=ActivationCheckpoint(mode="none"),
         compile=config.compile,
@@ -137,9 +144,10 @@ def _transformer(
     return parallel
 
 
-def _work(request: Request) -> int:
+def _work(request: Request, space: LatentSpace) -> int:
     """Elements of latents that the model sees for a picture."""
-    return request.width * request.height // 4 * request.steps * (2 if request.guided else 1)
+    elements = prod(space.shape(request.height, request.width))
+    return elements * request.steps * (2 if request.guided else 1)
 
 
 def write_png(path: Path, picture: Tensor, chunks: Mapping[str, str]) -> None:

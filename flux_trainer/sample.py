@@ -14,21 +14,28 @@ import torch
 from torch import Tensor
 
 from flux_trainer.config.pictures import Request
-from flux_trainer.encoders.text import TextEncoders, TextFeatures
+from flux_trainer.encoders.choose import TextEncoder
+from flux_trainer.encoders.text import TextFeatures
 from flux_trainer.flow import rng
 from flux_trainer.flow.euler import euler
+from flux_trainer.flow.latents import LatentSpace
 from flux_trainer.flow.rng import Purpose
-from flux_trainer.flow.timesteps import schedule
+from flux_trainer.flow.timesteps import MU, Mu, schedule
+from flux_trainer.models.registry import FLAVORS
 from flux_trainer.parallel.mesh import DataGroup
 from flux_trainer.runtime.dist import all_gather
 
-Predict = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor | None], Tensor]
-"""(x_t [B, C, H, W], t [B], txt [B, L, D], vec [B, D'], guidance [B] or None) -> velocity [B, C, H, W]."""
+Predict = Callable[[Tensor, Tensor, Tensor, Tensor | None, Tensor | None], Tensor]
+"""(x_t [B, C, h, w], t [B], txt [B, L, D], vec [B, D'], guidance [B]) -> velocity [B, C, h, w]. Families
+without a pooled caption have vec None, models without guidance have guidance None."""
 
 Round = list[list[int]]
 """Numbers of the requests that each group draws at the same time; groups beyond its end are without any."""
 
-LATENT_CHANNELS = 16
+
+def sampler_mu(flavor: str) -> Mu | None:
+    """How the sampler's times are shifted: as is the family's way; FLUX.1-schnell's are not."""
+    return None if flavor == "flux-schnell" else MU[FLAVORS[flavor].family]
 
 
 def share_out(requests: Sequence[Request], groups: int, batch_size: int) -> list[Round]:
@@ -59,11 +66,11 @@ def prompts_of(requests: Iterable[Request]) -> list[str]:
 def encode_prompts(
     requests: Sequence[Request],
     rounds: Sequence[Round],
-    encoders: TextEncoders,
+    encoders: TextEncoder,
     group: DataGroup,
     batch_size: int,
 ) -> dict[str, TextFeatures]:
-    """Features (txt [L, C], vec [D]) of each text that this rank's group needs, in host memory.
+    """Features (txt [L, C], vec [D] if any) of each text that this rank's group needs, in host memory.
 
     All ranks make the same number of calls of the encoders, as a sharded T5 requires.
     """
@@ -76,8 +83,9 @@ def encode_prompts(
     for start in range(0, max(map(len, needed)), batch_size):
         texts = mine[start : start + batch_size] or [""]
         encoded = encoders.encode(encoders.tokenize(texts))
-        txt, vec = encoded.txt.cpu(), encoded.vec.cpu()
-        features |= {text: TextFeatures(txt[i], vec[i]) for i, text in enumerate(texts)}
+        txt, vec = encoded.txt.cpu(), None if encoded.vec is None else encoded.vec.cpu()
+        for i, text in enumerate(texts):
+            features[text] = TextFeatures(txt[i], None if vec is None else vec[i])
     return features
 
 
@@ -89,7 +97,8 @@ def draw(
     predict: Predict,
     decode: Callable[[Tensor], Tensor],
     *,
-    shift: bool,
+    space: LatentSpace,
+    mu: Mu | None,
     group: DataGroup,
     dtype: torch.dtype,
 ) -> Iterator[tuple[int, Tensor]]:
@@ -100,13 +109,15 @@ def draw(
     Args:
         rounds: from `share_out`.
         features: from `encode_prompts`.
-        decode: latents [1, 16, H/8, W/8] -> uint8 [1, 3, H, W].
-        shift: whether times are shifted by the number of image tokens; FLUX.1-schnell's are not.
+        decode: latents [1, C, h, w] -> uint8 [1, 3, H, W].
+        space: of the latents.
+        mu: how times are shifted (`sampler_mu`).
         dtype: of noise and latents, float32 or wider.
     """
     for batches in rounds:
         numbers = batch_of(batches, group.number)
-        latents = denoise([requests[i] for i in numbers], features, predict, shift, group.world.device, dtype)
+        batch = [requests[i] for i in numbers]
+        latents = denoise(batch, features, predict, space, mu, group.world.device, dtype)
         drawn = None
         if group.leads and group.number < len(batches):
             drawn = [(i, decode(x[None])[0].cpu()) for i, x in zip(numbers, latents, strict=True)]
@@ -123,18 +134,19 @@ def denoise(
     batch: Sequence[Request],
     features: Mapping[str, TextFeatures],
     predict: Predict,
-    shift: bool,
+    space: LatentSpace,
+    mu: Mu | None,
     device: torch.device,
     dtype: torch.dtype,
 ) -> Tensor:
-    """Latents [B, 16, H/8, W/8] of requests of one kind."""
-    height, width = batch[0].height // 8, batch[0].width // 8
+    """Latents [B, C, h, w] of requests of one kind."""
+    steps, height, width = batch[0].steps, batch[0].height, batch[0].width
+    shape = space.shape(height, width)
     noise = [
         rng.normal(r.seed, Purpose.PICTURE, torch.tensor([r.draw], device=device), shape, dtype)
         for r in batch
-        for shape in [(LATENT_CHANNELS, height, width)]
     ]
-    times = schedule(batch[0].steps, (height // 2) * (width // 2), shift)
+    times = schedule(steps, mu and mu(space.tokens(height, width), steps))
     return euler(guided(batch, features, predict, device, dtype), torch.cat(noise), times)
 
 
@@ -155,7 +167,8 @@ def guided(
     if batch[0].guided:
         texts, repeats = [r.negative_prompt for r in batch] + texts, 2
     txt = torch.stack([features[text].txt for text in texts]).to(device)  # [B or 2B, L, C]
-    vec = torch.stack([features[text].vec for text in texts]).to(device)  # [B or 2B, D]
+    vecs = [vec for text in texts if (vec := features[text].vec) is not None]
+    vec = torch.stack(vecs).to(device) if vecs else None  # [B or 2B, D]
     guidance = None
     if batch[0].guidance is not None:
         guidance = torch.tensor([r.guidance for r in batch] * repeats, dtype=dtype, device=device)

@@ -19,8 +19,8 @@ from flux_trainer.flow.path import interpolate, velocity
 from flux_trainer.flow.rng import Purpose
 from flux_trainer.parallel.mesh import DataGroup
 
-Predict = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
-"""(x_t [B, C, H, W], t [B], txt [B, L, D], vec [B, D']) -> the model's velocity [B, C, H, W]."""
+Predict = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
+"""(x_t [B, C, h, w], t [B], txt [B, L, D], vec [B, D'] if any) -> the model's velocity [B, C, h, w]."""
 
 Encode = Callable[[Batch], tuple[Tensor, Tensor, Encoded]]
 """A rank's batch -> draws [n], valid [n] and the encoded samples of all ranks that work on the same ones."""

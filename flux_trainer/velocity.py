@@ -10,53 +10,62 @@ import torch
 from torch import Tensor, nn
 
 from flux_trainer.config.schema import JobConfig
-from flux_trainer.encoders.text import Shard, TextEncoders
-from flux_trainer.flow.latents import image_ids, pack, text_ids, unpack
-from flux_trainer.models.configs import Flux1Config
+from flux_trainer.encoders.choose import TextEncoder
+from flux_trainer.encoders.text import Shard
+from flux_trainer.flow.latents import SPACES
+from flux_trainer.models.configs import ModelConfig
+from flux_trainer.models.registry import model_class
 from flux_trainer.parallel.apply import Parallel
 from flux_trainer.parallel.fsdp import shard
 from flux_trainer.parallel.mesh import Mesh
 
 
 class Velocity:
-    """FLUX.1's velocity field, computed by a mesh."""
+    """A FLUX model's velocity field, computed by a mesh. Latents are [B, *space.shape(height, width)]."""
 
-    def __init__(self, parallel: Parallel, config: Flux1Config, device: torch.device) -> None:
+    def __init__(self, parallel: Parallel, config: ModelConfig, device: torch.device) -> None:
         self.parallel = parallel
         self.config = config
         self.device = device
+        self.space = SPACES[config.family]
+        self._by_name = model_class(config).arguments
 
     def arguments(
-        self, x_t: Tensor, t: Tensor, txt: Tensor, vec: Tensor, guidance: Tensor | None
+        self, x_t: Tensor, t: Tensor, txt: Tensor, vec: Tensor | None, guidance: Tensor | None
     ) -> dict[str, Tensor | None]:
         """The model's arguments; under context parallelism with this rank's part of the tokens.
 
         Args:
-            x_t: [B, 16, H/8, W/8], noisy latents.
+            x_t: [B, C, h, w], noisy latents.
             t: [B], in [0, 1].
-            txt: [B, T, C], T5's features.
-            vec: [B, D], CLIP's pooled features.
+            txt: [B, T, D], the caption's tokens.
+            vec: [B, D'], the pooled caption, of families that have one.
             guidance: [B], distilled guidance such as 3.5; models without its embedding take no notice.
         """
         size, _, height, width = x_t.shape
-        img, img_ids = pack(x_t), image_ids(size, height, width, self.device)  # [B, L, 64], [B, L, 3]
-        txt_ids = text_ids(size, txt.shape[1], self.device)
+        img, img_ids = (
+            self.space.pack(x_t),
+            self.space.image_ids(size, height, width, self.device),
+        )  # [B, L, .]
+        txt_ids = self.space.text_ids(size, txt.shape[1], self.device)
         if context := self.parallel.context:
             context.begin(txt.shape[1], img.shape[1])
             img, img_ids, txt, txt_ids = context.split(img, img_ids, txt, txt_ids)
-        return {
-            "img": img,
-            "img_ids": img_ids,
-            "txt": txt,
-            "txt_ids": txt_ids,
-            "timesteps": t,
-            "y": vec,
-            "guidance": guidance if self.config.guidance_embed else None,
-        }
+        return self._by_name(
+            image=img,
+            image_ids=img_ids,
+            text=txt,
+            text_ids=txt_ids,
+            timesteps=t,
+            pooled=vec,
+            guidance=guidance if self.config.guidance_embed else None,
+        )
 
     @torch.no_grad()
-    def __call__(self, x_t: Tensor, t: Tensor, txt: Tensor, vec: Tensor, guidance: Tensor | None) -> Tensor:
-        """The whole velocity [B, 16, H/8, W/8] in the model's compute dtype, without gradients.
+    def __call__(
+        self, x_t: Tensor, t: Tensor, txt: Tensor, vec: Tensor | None, guidance: Tensor | None
+    ) -> Tensor:
+        """The whole velocity [B, C, h, w] in the model's compute dtype, without gradients.
 
         Arguments as in `arguments`.
         """
@@ -68,15 +77,17 @@ class Velocity:
             (model,) = self.parallel.parts
             tokens = model(**arguments)
         if self.parallel.context:
-            tokens = self.parallel.context.gather(tokens, (height // 2) * (width // 2))
-        return unpack(tokens, height, width)
+            patch = self.space.patch
+            tokens = self.parallel.context.gather(tokens, (height // patch) * (width // patch))
+        return self.space.unpack(tokens, height, width)
 
 
-def check_features(config: JobConfig, text: TextEncoders, model: Flux1Config) -> None:
+def check_features(config: JobConfig, text: TextEncoder, model: ModelConfig) -> None:
     """Raises ValueError if the text encoders' features do not fit the transformer."""
+    tokens_of = {"flux1": "t5_encoder", "flux2": "llm_encoder"}[model.family]
     for key, got, want in (
-        ("t5_encoder", text.txt_dim, model.context_in_dim),
-        ("clip_encoder", text.vec_dim, model.vec_in_dim),
+        (tokens_of, text.txt_dim, model.context_in_dim),
+        ("clip_encoder", text.vec_dim or 0, model.vec_in_dim),
     ):
         if got != want:
             raise ValueError(
@@ -86,7 +97,7 @@ def check_features(config: JobConfig, text: TextEncoders, model: Flux1Config) ->
 
 
 def shared_encoder(mesh: Mesh) -> Shard:
-    """How the ranks that share one copy of FLUX share T5: T5-XXL is as large as a third of FLUX."""
+    """How the ranks that share one copy of FLUX share its large text encoder: T5-XXL is a third of FLUX.1."""
 
     def share(encoder: nn.Module, blocks: list[nn.Module]) -> None:
         if mesh.model.size() > 1:

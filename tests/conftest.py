@@ -10,7 +10,20 @@ import os
 import sys
 from pathlib import Path
 
+import pytest
+
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 if not os.environ.get("TEST_GPU"):  # the figures of these tests are a CPU's, and several ranks share no GPU
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
 sys.path.insert(0, str(Path(__file__).parent))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def flavors():
+    """Tests may put small models in the place of flavors; afterwards these are as they were."""
+    from flux_trainer.models.registry import FLAVORS
+
+    before = dict(FLAVORS)
+    yield
+    FLAVORS.clear()
+    FLAVORS.update(before)

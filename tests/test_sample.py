@@ -17,8 +17,8 @@ from flux_trainer.config.pictures import Request
 from flux_trainer.encoders.text import TextFeatures
 from flux_trainer.flow import rng
 from flux_trainer.flow.euler import euler
-from flux_trainer.flow.latents import pack, unpack
-from flux_trainer.flow.timesteps import schedule
+from flux_trainer.flow.latents import FLUX1
+from flux_trainer.flow.timesteps import MU, schedule
 from flux_trainer.models.flux1 import Flux1Config, Flux1Model
 from flux_trainer.parallel.apply import Parallel
 from flux_trainer.sample import denoise, guided, prompts_of, share_out
@@ -49,11 +49,12 @@ def test_golden_trajectory(velocity):
 
     def predict(x, t, *others):
         v = velocity(x, t, *others)
-        seen.append({"model_in": pack(x), "t": t, "pred": pack(v)})
+        seen.append({"model_in": FLUX1.pack(x), "t": t, "pred": FLUX1.pack(v)})
         return v
 
     times = golden["timesteps"].tolist()
-    assert schedule(4, 24) == pytest.approx(times, abs=2e-7)  # which moves a prediction by up to 1e-4
+    ours = schedule(4, MU["flux1"](24, 4))
+    assert ours == pytest.approx(times, abs=2e-7)  # which moves a prediction by up to 1e-4
     out = euler(guided(batch, features, predict, CPU, torch.float32), noise, times)
     for step, ours in enumerate(seen):
         for key, value in ours.items():
@@ -97,7 +98,7 @@ def test_final_latents_are_those_of_the_flux_pipeline(velocity, pipeline, size, 
         )
         for p, s in [("a", 5), ("b", 6)]
     ]
-    ours = denoise(batch, features, velocity, True, CPU, torch.float32)
+    ours = denoise(batch, features, velocity, FLUX1, MU["flux1"], CPU, torch.float32)
 
     shape = (16, height // 8, width // 8)
     noise = [rng.normal(r.seed, rng.Purpose.PICTURE, torch.tensor([0]), shape) for r in batch]
@@ -111,7 +112,7 @@ def test_final_latents_are_those_of_the_flux_pipeline(velocity, pipeline, size, 
     theirs = pipeline(
         prompt_embeds=torch.stack([features[r.prompt].txt for r in batch]),
         pooled_prompt_embeds=torch.stack([features[r.prompt].vec for r in batch]),
-        latents=pack(torch.cat(noise)),
+        latents=FLUX1.pack(torch.cat(noise)),
         width=width,
         height=height,
         num_inference_steps=8,
@@ -119,7 +120,7 @@ def test_final_latents_are_those_of_the_flux_pipeline(velocity, pipeline, size, 
         output_type="latent",
         **negative,
     ).images
-    difference = (ours - unpack(theirs, *shape[1:])).abs().max().item()
+    difference = (ours - FLUX1.unpack(theirs, *shape[1:])).abs().max().item()
     print(f"largest difference {difference:.1e} of {ours.abs().max():.1f}")
     assert difference <= 1e-4
 
@@ -136,10 +137,11 @@ def test_times_follow_the_size_and_schnells_are_not_shifted(velocity):
             continue
         width, steps = case["image_seq_len"] * 16, case["num_steps"]
         request = replace(BASE, width=width, height=16, steps=steps)
-        denoise([request], conditions(0), predict, case["shift"], CPU, torch.float64)
+        mu = MU["flux1"] if case["shift"] else None
+        denoise([request], conditions(0), predict, FLUX1, mu, CPU, torch.float64)
         assert times == pytest.approx(case["timesteps"][:-1], abs=2e-7)
         times.clear()
-    denoise([replace(BASE, steps=4)], conditions(0), predict, False, CPU, torch.float64)
+    denoise([replace(BASE, steps=4)], conditions(0), predict, FLUX1, None, CPU, torch.float64)
     assert times == [1, 0.75, 0.5, 0.25]
 
 

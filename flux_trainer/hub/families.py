@@ -64,6 +64,10 @@ class Family:
         return asdict(config)
 
 
+def _flavors(family: str) -> dict[str, Any]:
+    return {name: config for name, config in registry.FLAVORS.items() if config.family == family}
+
+
 FLUX1 = Family(
     name="flux1",
     title="FLUX.1 transformer",
@@ -71,9 +75,9 @@ FLUX1 = Family(
     config=Flux1Config,
     model=Flux1Model,
     table=keys.FLUX1,
-    flavors=registry.FLAVORS,
+    flavors=_flavors("flux1"),
     diffusers=diffusers_config.FLUX1,
-    infer=partial(infer.flux1, flavors=registry.FLAVORS),
+    infer=partial(infer.flux1, flavors=_flavors("flux1")),
     prefixes=("model.diffusion_model.", "diffusion_model."),
 )
 FLUX1_AE = Family(

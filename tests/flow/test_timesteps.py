@@ -7,15 +7,24 @@ from pathlib import Path
 import pytest
 import torch
 
-from flux_trainer.flow.timesteps import flux_mu, loss_weight, sample_timesteps, schedule, time_shift
+from flux_trainer.flow.timesteps import (
+    flux1_mu,
+    flux2_mu,
+    loss_weight,
+    sample_timesteps,
+    schedule,
+    time_shift,
+    training_mu,
+)
 
 GOLDEN = Path(__file__).parents[1] / "golden"
-SCHEDULES = json.loads((GOLDEN / "schedules.json").read_text())["flux1"]
+GOLDENS = json.loads((GOLDEN / "schedules.json").read_text())
+SCHEDULES = GOLDENS["flux1"]
 DRAWS = torch.arange(40_000)
 
 
 def times(**kwargs) -> torch.Tensor:
-    return sample_timesteps(0, DRAWS, kwargs.pop("image_tokens", 256), **kwargs)
+    return sample_timesteps(0, DRAWS, **kwargs)
 
 
 def distance_from_uniform(u: torch.Tensor) -> float:
@@ -40,37 +49,52 @@ def test_logit_normal(mean, std):
 @pytest.mark.parametrize("image_tokens", [256, 1024, 4096])
 def test_flux_shift_adds_mu_to_the_logit(image_tokens):
     plain = times(sampling="logit_normal")
-    shifted = times(sampling="logit_normal", shift="flux", image_tokens=image_tokens)
+    mu = training_mu("flux", "flux1", image_tokens)
+    shifted = times(sampling="logit_normal", mu=mu)
     added = shifted.double().logit() - plain.double().logit()
-    torch.testing.assert_close(added, torch.full_like(added, flux_mu(image_tokens)), atol=1e-4, rtol=0)
+    torch.testing.assert_close(added, torch.full_like(added, flux1_mu(image_tokens)), atol=1e-4, rtol=0)
 
 
 def test_shift_by_a_number():
     plain = times(sampling="uniform").double()
-    shifted = times(sampling="uniform", shift=3.0)
+    shifted = times(sampling="uniform", mu=training_mu(3.0, "flux1", 256))
     torch.testing.assert_close(shifted.double(), 3 * plain / (1 + 2 * plain), atol=1e-7, rtol=0)
 
 
 def test_each_draw_keeps_its_time():
     whole = times(sampling="logit_normal")
-    part = sample_timesteps(0, DRAWS[100:103], 256, sampling="logit_normal")
+    part = sample_timesteps(0, DRAWS[100:103], sampling="logit_normal")
     assert torch.equal(part, whole[100:103])
-    assert not torch.equal(part, sample_timesteps(1, DRAWS[100:103], 256, sampling="logit_normal"))
+    assert not torch.equal(part, sample_timesteps(1, DRAWS[100:103], sampling="logit_normal"))
 
 
 @pytest.mark.parametrize("case", [c for c in SCHEDULES if "base_shift" not in c])
 def test_golden_schedules(case):
-    ours = schedule(case["num_steps"], case["image_seq_len"], case["shift"])
+    mu = flux1_mu(case["image_seq_len"]) if case["shift"] else None
+    ours = schedule(case["num_steps"], mu)
     assert ours[0] == 1.0
     assert ours[-1] == 0.0
     assert ours == pytest.approx(case["timesteps"], abs=2e-7)
     if case["shift"]:
-        assert flux_mu(case["image_seq_len"]) == pytest.approx(case["mu"], abs=1e-12)
+        assert mu == pytest.approx(case["mu"], abs=1e-12)
+
+
+@pytest.mark.parametrize("case", GOLDENS["flux2"])
+def test_golden_schedules_of_flux2(case):
+    mu = flux2_mu(case["image_seq_len"], case["num_steps"])
+    assert mu == pytest.approx(case["mu"], abs=1e-12)
+    assert schedule(case["num_steps"], mu) == pytest.approx(case["timesteps"], abs=2e-7)
+
+
+def test_training_is_shifted_as_the_family_samples():
+    assert training_mu("none", "flux2", 1024) is None
+    assert training_mu("flux", "flux1", 1024) == flux1_mu(1024)
+    assert training_mu("flux", "flux2", 1024) == flux2_mu(1024, 50) > flux1_mu(1024)
 
 
 def test_golden_schedule_with_another_line():
     (case,) = [c for c in SCHEDULES if "base_shift" in c]
-    mu = flux_mu(case["image_seq_len"], (256, case["base_shift"]), (4096, case["max_shift"]))
+    mu = flux1_mu(case["image_seq_len"], (256, case["base_shift"]), (4096, case["max_shift"]))
     assert mu == pytest.approx(case["mu"], abs=1e-12)
     evenly = [1 - i / case["num_steps"] for i in range(case["num_steps"] + 1)]
     assert [time_shift(mu, 1.0, t) for t in evenly] == pytest.approx(case["timesteps"], abs=2e-7)

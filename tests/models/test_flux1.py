@@ -10,7 +10,7 @@ from helpers.golden import GOLDEN, as_matrices, assert_activations, assert_withi
 from safetensors.torch import load_file
 
 from flux_trainer.flow.euler import euler
-from flux_trainer.flow.latents import pack, unpack
+from flux_trainer.flow.latents import FLUX1
 from flux_trainer.models import layers
 from flux_trainer.models.attention import rope_table
 from flux_trainer.models.configs import Flux1Config
@@ -232,7 +232,7 @@ def test_golden_sampling():
     model, _ = load_case("flux1_A")
     golden = load_file(GOLDEN / "sampling" / "flux1_A.safetensors")
     noise, latents = golden["in.noise"], golden["in.noise_latents"]
-    torch.testing.assert_close(pack(latents), noise, atol=0, rtol=0)
+    torch.testing.assert_close(FLUX1.pack(latents), noise, atol=0, rtol=0)
     conditioning = {name: golden[f"in.{name}"] for name in ("img_ids", "txt", "txt_ids", "y")}
     guidance = golden["guidance"].expand(len(noise))
     step = 0
@@ -250,7 +250,8 @@ def test_golden_sampling():
         out = euler(predict, noise, golden["timesteps"].tolist())
     assert step == 4
     torch.testing.assert_close(out, golden["out"], atol=2e-5, rtol=0)
-    torch.testing.assert_close(unpack(out, *latents.shape[2:]), golden["out_unpacked"], atol=2e-5, rtol=0)
+    unpacked = FLUX1.unpack(out, *latents.shape[2:])
+    torch.testing.assert_close(unpacked, golden["out_unpacked"], atol=2e-5, rtol=0)
 
 
 def test_golden_sinusoids_and_table_at_real_size():

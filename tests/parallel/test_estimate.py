@@ -12,7 +12,7 @@ from torch.distributed._tools.mem_tracker import MemTracker
 
 from flux_trainer.config.load import load_config
 from flux_trainer.config.schema import ActivationCheckpoint, JobConfig, Parallelism
-from flux_trainer.flow.latents import image_ids, text_ids
+from flux_trainer.flow.latents import FLUX1
 from flux_trainer.flow.loss import flow_loss
 from flux_trainer.models import registry
 from flux_trainer.models.flops import num_params
@@ -73,9 +73,9 @@ def one_rank(flavor: str, degrees: dict) -> tuple[bool, int, int, int, int]:
         width, side = parallel.parts[0].config.context_in_dim, 4
         inputs = {
             "img": torch.randn(1, side * side, 64),
-            "img_ids": image_ids(1, 2 * side, 2 * side, torch.device("cpu")),
+            "img_ids": FLUX1.image_ids(1, 2 * side, 2 * side, torch.device("cpu")),
             "txt": torch.randn(1, 16, width),
-            "txt_ids": text_ids(1, 16, torch.device("cpu")),
+            "txt_ids": FLUX1.text_ids(1, 16, torch.device("cpu")),
         }
         if context := parallel.context:
             context.begin(16, side * side)
@@ -160,9 +160,9 @@ def test_the_peak_is_near_a_measured_one(mode, compute):
     optimizer = build_optimizer(model.named_parameters(), config.optimizer)
     inputs = {
         "img": torch.randn(batch, p.tokens[0], 64),
-        "img_ids": image_ids(batch, side // 8, side // 8, torch.device("cpu")),
+        "img_ids": FLUX1.image_ids(batch, side // 8, side // 8, torch.device("cpu")),
         "txt": torch.randn(batch, text, 256),
-        "txt_ids": text_ids(batch, text, torch.device("cpu")),
+        "txt_ids": FLUX1.text_ids(batch, text, torch.device("cpu")),
         "timesteps": torch.rand(batch),
         "y": torch.randn(batch, 256),
     }
@@ -206,9 +206,9 @@ def measured(config: JobConfig, p: Plan, mode: str) -> int:
             local(parameter).normal_(0, 0.02)
     inputs = {
         "img": torch.randn(batch, image, 64),
-        "img_ids": image_ids(batch, side // 8, side // 8, torch.device("cpu")),
+        "img_ids": FLUX1.image_ids(batch, side // 8, side // 8, torch.device("cpu")),
         "txt": torch.randn(batch, text, 256),
-        "txt_ids": text_ids(batch, text, torch.device("cpu")),
+        "txt_ids": FLUX1.text_ids(batch, text, torch.device("cpu")),
     }
     target = torch.randn(batch, image, 64)
     if context := parallel.context:
