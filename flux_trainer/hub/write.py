@@ -120,7 +120,7 @@ def write_safetensors(
     tensors = dict(sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize))
     start = header(tensors, {"format": "pt", **metadata, CHECKSUM: _BLANK})
     place = start.index(f'"{CHECKSUM}":"{_BLANK}"'.encode()) + len(CHECKSUM) + 4
-    with open(path, "wb", buffering=0) as file, _Checksum() as checksum:
+    with open(path, "wb", buffering=0) as file, _Checksum() as checksum, _Flush(file.fileno()):
         _write_all(file.write, memoryview(start))
         for name, stored in tensors.items():
             count = 0
@@ -167,6 +167,32 @@ def checksum(path: Path, start: int) -> str:
         while data := file.read(_CHUNK):
             value = zlib.crc32(data, value)
     return f"{value:08x}"
+
+
+class _Flush:
+    """Puts a file on the disk while it is being written, so that its end has little to wait for."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._work, daemon=True)
+        self._error: OSError | None = None
+
+    def __enter__(self) -> None:
+        self._thread.start()
+
+    def _work(self) -> None:
+        try:
+            while not self._stop.wait(0.1):
+                os.fsync(self._descriptor)
+        except OSError as error:  # the system tells of it once
+            self._error = error
+
+    def __exit__(self, *error: object) -> None:
+        self._stop.set()
+        self._thread.join()
+        if self._error is not None:
+            raise self._error
 
 
 class _Checksum:
