@@ -138,6 +138,7 @@ def estimate(config: JobConfig, world_size: int) -> dict[str, Any]:
             "activations": m.activations,
             "t5": frozen.t5,
             "clip": frozen.clip,
+            "llm": frozen.llm,
             "autoencoder": frozen.autoencoder,
             "samples": samples(p),
         },
@@ -173,8 +174,11 @@ def table(figures: dict[str, Any]) -> str:
         "gradients being summed over ranks": memory["reduction"],
         "parameters, gathered": memory["gathered"],
         f"activations ({f['checkpointing']})": memory["activations"],
-        "T5": memory["t5"],
-        "CLIP": memory["clip"],
+        **(
+            {"language model": memory["llm"]}
+            if memory["llm"]
+            else {"T5": memory["t5"], "CLIP": memory["clip"]}
+        ),
         "autoencoder": memory["autoencoder"],
         "encoded samples": memory["samples"],
     }
@@ -188,7 +192,7 @@ def table(figures: dict[str, Any]) -> str:
     lines += ["", "Sent by this rank in a step", *_rows(f["sent_per_step"])]
     if f["assumed_encoders"]:
         names = " and ".join(f["assumed_encoders"])
-        lines += ["", f"No config.json of {names} here: FLUX.1's is assumed."]
+        lines += ["", f"No config.json of {names} here: the published one is assumed."]
     lines += ["", "Without the allocator's fragments, kernels' workspaces, CUDA context and NCCL's buffers."]
     return "\n".join(lines)
 

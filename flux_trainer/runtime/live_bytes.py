@@ -64,12 +64,19 @@ class Cost(NamedTuple):
 
 
 def fill_fake(module: nn.Module, dtype: torch.dtype) -> list[Tensor]:
-    """Give a module from the meta device weights in `dtype`, inside a FakeTensorMode; returns them."""
+    """Give a module from the meta device weights and buffers in `dtype`, inside a FakeTensorMode.
+
+    Returns the weights.
+    """
     for owner in module.modules():
         for name, parameter in owner._parameters.items():
             if parameter is not None:
                 weight = torch.empty(parameter.shape, dtype=dtype)
                 owner._parameters[name] = nn.Parameter(weight, requires_grad=parameter.requires_grad)
+        for name, buffer in owner._buffers.items():
+            if buffer is not None:
+                wanted = dtype if buffer.is_floating_point() else buffer.dtype
+                owner._buffers[name] = torch.empty(buffer.shape, dtype=wanted)
     return list(module.parameters())
 
 
