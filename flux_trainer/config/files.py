@@ -18,10 +18,9 @@ _ENCODERS = {
     "clip": "`hf download openai/clip-vit-large-patch14 --include '*.json' --include '*.txt' "
     "--include model.safetensors --local-dir assets/hf/clip-vit-large-patch14` "
     "brings assets/hf/clip-vit-large-patch14",
-    "llm": "`hf download black-forest-labs/FLUX.2-klein-4B --include 'text_encoder/*' "
-    "--include 'tokenizer/*' --local-dir assets/hf/FLUX.2-klein-4B` brings "
-    "assets/hf/FLUX.2-klein-4B/text_encoder (FLUX.2-dev has its own)",
 }
+_FLUX2 = {"flux2-dev": "FLUX.2-dev", "flux2-klein-9b": "FLUX.2-klein-9B"}
+"""Where the text encoders of FLUX.2's flavors come from; klein 4B's is the smallest, for all others."""
 
 
 def missing_files(config: JobConfig) -> Iterator[Finding]:
@@ -60,16 +59,29 @@ def looks_local(name: str) -> bool:
 def _models(config: JobConfig) -> Iterator[Finding]:
     path = Path(config.encoder.autoencoder_path)
     if not path.exists():
-        repo = path.parent.name if path.parent.name.startswith("FLUX.1-") else "FLUX.1-schnell"
+        default = "FLUX.2-dev" if config.model.flavor.startswith("flux2") else "FLUX.1-schnell"
+        repo = path.parent.name if path.parent.name.startswith(("FLUX.1-", "FLUX.2-dev")) else default
         command = f"hf download black-forest-labs/{repo} {path.name} --local-dir {path.parent}"
         brings = f"; `{command}` brings FLUX's" if path.name == "ae.safetensors" else ""
         yield "encoder.autoencoder_path", _not_there(str(path), "file" if path.suffix else "folder") + brings
     elif path.is_dir() and not [*path.glob("*.safetensors"), *path.glob("vae/*.safetensors")]:
         yield "encoder.autoencoder_path", "is a folder without weights: no safetensors file, none in vae/"
-    for key in [f"{name}_{part}" for part in ("encoder", "tokenizer") for name in _ENCODERS]:
-        name = getattr(config.encoder, key)
+    flux2 = config.model.flavor.startswith("flux2")
+    commands = {"llm": _language_model(config.model.flavor)} if flux2 else _ENCODERS
+    for key in [f"{name}_{part}" for part in ("encoder", "tokenizer") for name in commands]:
+        name, brings = getattr(config.encoder, key), commands[key.partition("_")[0]]
         if name and looks_local(name) and not Path(name).expanduser().is_dir():
-            yield f"encoder.{key}", _not_there(name, "folder") + "; " + _ENCODERS[key.partition("_")[0]]
+            yield f"encoder.{key}", _not_there(name, "folder") + "; " + brings
+        elif key == "llm_encoder" and not name:
+            yield f"encoder.{key}", f"but {config.model.flavor} needs a language model; {brings}"
+
+
+def _language_model(flavor: str) -> str:
+    repo = _FLUX2.get(flavor, "FLUX.2-klein-4B")
+    return (
+        f"`hf download black-forest-labs/{repo} --include 'text_encoder/*' --include 'tokenizer/*' "
+        f"--local-dir assets/hf/{repo}` brings assets/hf/{repo}/text_encoder"
+    )
 
 
 def _source(name: str, source: Source) -> Iterator[Finding]:

@@ -261,6 +261,26 @@ def test_a_missing_file_is_named_with_the_command_that_brings_it(flags, key, par
         assert part in line
 
 
+@pytest.mark.parametrize(
+    ("flavor", "repo"), [("flux2-dev", "FLUX.2-dev"), ("flux2-klein-4b", "FLUX.2-klein-4B")]
+)
+def test_flux2_needs_a_language_model_and_nothing_of_flux1s(flavor, repo):
+    Path("tokenizer").mkdir()
+    for llm, sentence in (("", f"but {flavor} needs a language model"), ("./llm", "no such folder")):
+        config = load(
+            sound(
+                f"--encoder.llm_encoder={llm}",
+                "--encoder.llm_tokenizer=./tokenizer",
+                "--encoder.t5_encoder=./t5",
+            )
+        ).config
+        model = config.model.model_copy(update={"flavor": flavor})
+        [(key, found)] = missing_files(config.model_copy(update={"model": model}))
+        assert key == "encoder.llm_encoder"
+        assert sentence in found
+        assert f"hf download black-forest-labs/{repo} --include" in found
+
+
 def test_hub_ids_are_not_taken_for_folders():
     assert check(load(sound("--encoder.t5_encoder=google/t5-v1_1-small")).config, 1) == []
 
