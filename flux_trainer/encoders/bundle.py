@@ -88,10 +88,11 @@ class Encoders(Codec):
         seed: int,
         shard: Shard | None = None,
         kind: Kind = "flux1",
+        context_in_dim: int | None = None,
     ) -> None:
         """See `text_encoders` for the arguments and the errors."""
         super().__init__(section, device)
-        self.text = text_encoders(section, kind, device, seed, shard)
+        self.text = text_encoders(section, kind, device, seed, shard, context_in_dim)
 
     @torch.no_grad()
     def encode(

@@ -25,12 +25,17 @@ def kind_of(model: ModelConfig) -> Kind:
 
 
 def text_encoders(
-    section: Encoder, kind: Kind, device: torch.device, seed: int, shard: Shard | None = None
+    section: Encoder,
+    kind: Kind,
+    device: torch.device,
+    seed: int,
+    shard: Shard | None = None,
+    context_in_dim: int | None = None,
 ) -> TextEncoder:
     """T5 and CLIP for FLUX.1, Mistral for FLUX.2 dev, Qwen3 for FLUX.2 klein; one interface.
 
-    Arguments and errors as of `TextEncoders` and `LLMEncoder`.
+    Arguments and errors as of `TextEncoders` and `LLMEncoder`; `context_in_dim` is for the latter.
     """
     if kind == "flux1":
         return TextEncoders(section, device, seed, shard)
-    return LLMEncoder(section, CHATS[kind], device, seed, shard)
+    return LLMEncoder(section, CHATS[kind], device, seed, shard, context_in_dim)

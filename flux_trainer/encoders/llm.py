@@ -26,7 +26,13 @@ class LLMEncoder:
     """
 
     def __init__(
-        self, section: Encoder, chat: Chat, device: torch.device, seed: int, shard: Shard | None = None
+        self,
+        section: Encoder,
+        chat: Chat,
+        device: torch.device,
+        seed: int,
+        shard: Shard | None = None,
+        context_in_dim: int | None = None,
     ) -> None:
         """Build, shard, fill; encode the empty prompt, once on every rank.
 
@@ -34,6 +40,8 @@ class LLMEncoder:
             chat: what the language model reads, and which of its hidden states are the features.
             seed: determines the weights under `section.random_init`; unused otherwise.
             shard: applied while the model is on the meta device; None: it is whole on every rank.
+            context_in_dim: features of a token that the transformer takes, to be checked before weights are
+                read; None: not checked.
 
         Raises:
             FileNotFoundError: a file is missing; the message names it and the command that brings it.
@@ -45,19 +53,9 @@ class LLMEncoder:
         self.chat = chat
         folder, values = source("llm", section.llm_encoder, section.random_init)
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
-        if config.model_type != chat.model_type:
-            raise ValueError(
-                f"encoder.llm_encoder = {section.llm_encoder!r} is of type {config.model_type!r}, but this "
-                f"FLUX.2 reads {chat.language_model} ({chat.model_type!r}): choose the encoder that belongs "
-                "to the flavor."
-            )
+        self.txt_dim = _check(config, chat, section.llm_encoder, context_in_dim)
+        self.vec_dim: int | None = None
         config = config.get_text_config()
-        if config.num_hidden_layers < chat.states[-1]:
-            raise ValueError(
-                f"encoder.llm_encoder = {section.llm_encoder!r} has {config.num_hidden_layers} layers, but "
-                f"FLUX.2 reads the outputs of layers {', '.join(map(str, chat.states))} of "
-                f"{chat.language_model}."
-            )
         self.tokenizers = ChatTokenizer(section, chat)
         check_vocabulary("llm", self.tokenizers.llm, config.vocab_size)
 
@@ -72,8 +70,6 @@ class LLMEncoder:
         fill(self.model, values or random_values(seed, device), device)
         self.model.rotary_emb = rotary.to(device)
 
-        self.txt_dim: int = len(chat.states) * config.hidden_size
-        self.vec_dim: int | None = None
         self.empty = self.encode(self.tokenize([""]))
 
     def tokenize(self, captions: Sequence[str]) -> dict[str, Tensor]:
@@ -107,6 +103,29 @@ class LLMEncoder:
         """
         drop_txt = drop_txt.to(self.device, non_blocking=True)
         return TextFeatures(torch.where(drop_txt[:, None, None], self.empty.txt, features.txt), None)
+
+
+def _check(config: Any, chat: Chat, spec: str, context_in_dim: int | None) -> int:
+    """The number of features of a token; raises ValueError if FLUX.2 cannot read such a model."""
+    encoder = f"encoder.llm_encoder = {spec!r}"
+    if config.model_type != chat.model_type:
+        raise ValueError(
+            f"{encoder} is of type {config.model_type!r}, but this FLUX.2 reads {chat.language_model} "
+            f"({chat.model_type!r}): choose the encoder that belongs to the flavor."
+        )
+    config = config.get_text_config()
+    if config.num_hidden_layers < chat.states[-1]:
+        raise ValueError(
+            f"{encoder} has {config.num_hidden_layers} layers, but FLUX.2 reads the outputs of layers "
+            f"{', '.join(map(str, chat.states))} of {chat.language_model}."
+        )
+    features = len(chat.states) * int(config.hidden_size)
+    if context_in_dim not in (None, features):
+        raise ValueError(
+            f"{encoder} gives {len(chat.states)} x {config.hidden_size} = {features} features, but the "
+            f"transformer takes {context_in_dim}: choose the encoder that belongs to the flavor."
+        )
+    return features
 
 
 def _shorten(config: Any, layers: int) -> None:

@@ -3,6 +3,7 @@
 import json
 import pickle
 import shutil
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -15,9 +16,11 @@ from safetensors.torch import load_file, save_file
 from flux_trainer.config.schema import Encoder
 from flux_trainer.encoders.bundle import Encoded
 from flux_trainer.encoders.chat import CHATS, SYSTEM_MESSAGE, ChatTokenizer
-from flux_trainer.encoders.choose import text_encoders
+from flux_trainer.encoders.choose import kind_of, text_encoders
 from flux_trainer.encoders.llm import LLMEncoder
 from flux_trainer.encoders.text import TextEncoders
+from flux_trainer.models.configs import Flux2Config
+from flux_trainer.models.registry import FLAVORS
 
 ASSETS = Path(__file__).parents[2] / "assets"
 CAPTIONS = ["a photo of a red apple [IMG]on a wooden table", "", " two\n\nlines<|im_end|>", "pear " * 200]
@@ -212,6 +215,37 @@ def test_another_models_encoder_is_refused(stored):
         ValueError, match=r"is not Mistral-Small-3\.2's: it has no token <s> \[SYSTEM_PROMPT\]"
     ):
         text_encoders(section(stored["flux2-dev"], llm_tokenizer=other), "flux2-dev", CPU, seed=0)
+
+
+def test_another_width_is_refused(stored):
+    settings = section(stored["flux2-klein"])
+    encoder = text_encoders(settings, "flux2-klein", CPU, 0, context_in_dim=48)
+    assert encoder.txt_dim == 48
+    with pytest.raises(ValueError, match=r"gives 3 x 16 = 48 features, but the transformer takes 7680"):
+        text_encoders(settings, "flux2-klein", CPU, 0, context_in_dim=7680)
+
+
+def test_kinds_of_the_flavors():
+    dev = Flux2Config(128, 15_360, 6144, 48, 8, 48, (32, 32, 32, 32), 2000, 3.0, use_guidance_embed=True)
+    assert kind_of(dev) == "flux2-dev"
+    assert kind_of(replace(dev, use_guidance_embed=False)) == "flux2-klein"
+    assert kind_of(FLAVORS["flux-dev"]) == "flux1"
+
+
+def test_committed_random_encoders_tell_captions_apart():
+    """With the committed tokenizer; the features are those of flux2-tiny and of Qwen3-4B in number."""
+    for name, features in (("qwen3-tiny", 768), ("qwen3-flux2-debug", 7680)):
+        settings = section(
+            ASSETS / "encoders" / name,
+            llm_tokenizer=str(ASSETS / "tokenizers" / "qwen3-tiny"),
+            max_llm_encoding_len=24,
+            random_init=True,
+        )
+        encoder = text_encoders(settings, "flux2-klein", CPU, 0, context_in_dim=features)
+        encoded = encoder.encode(encoder.tokenize(["red apple", "green pear", "locomotive", "two dogs"]))
+        for state in encoded.txt[:, :16].chunk(3, dim=-1):
+            assert 1 < state.std() < 10
+            assert state.var(dim=0).sum() / state.pow(2).mean(dim=0).sum() > 0.2  # over captions
 
 
 def test_encoders_that_do_not_fit_are_refused(stored, tmp_path):
