@@ -82,6 +82,7 @@ class FluxTrainer(Trainer):
             config.debug.seed,
             shared_encoder(self.mesh),
             kind_of(self.model_config),
+            self.model_config.context_in_dim,
         )
         check_features(config, self.encoders.text, self.model_config)
         self.velocity = Velocity(self.parallel, self.model_config, self.device)

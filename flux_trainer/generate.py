@@ -118,7 +118,7 @@ def _encode(
 ) -> dict[str, TextFeatures]:
     """Features of the texts that this rank needs, on the host; the encoders are gone when it returns."""
     device, seed, shard = group.world.device, config.debug.seed, shared_encoder(mesh)
-    text = text_encoders(config.encoder, kind_of(model), device, seed, shard)
+    text = text_encoders(config.encoder, kind_of(model), device, seed, shard, model.context_in_dim)
     check_features(config, text, model)
     return encode_prompts(requests, rounds, text, group, config.inference.local_batch_size)
 

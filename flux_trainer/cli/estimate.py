@@ -73,6 +73,7 @@ def _takes_value(word: str) -> bool:
 
 def estimate(config: JobConfig, world_size: int) -> dict[str, Any]:
     """All figures of the heaviest rank, in bytes. Raises ConfigError where the mesh is impossible."""
+    from flux_trainer.encoders.choose import kind_of
     from flux_trainer.encoders.footprint import footprint
     from flux_trainer.models.flops import num_params
     from flux_trainer.parallel import estimate as e
@@ -87,6 +88,8 @@ def estimate(config: JobConfig, world_size: int) -> dict[str, Any]:
         p.size("pp", "dp_shard", "cp", "tp"),
         config.training.local_batch_size,
         config.training.img_size,
+        kind_of(p.model),
+        p.model.context_in_dim,
     )
     with e.sharing(p) as mesh:
         stages = [e.parts(p, rank, mesh) for rank in range(p.sizes["pp"])]
