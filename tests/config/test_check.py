@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from flux_trainer.config.check import check, inconsistencies
+from flux_trainer.config.check import check, check_generation, inconsistencies
 from flux_trainer.config.files import missing_files
 from flux_trainer.config.load import ConfigError, load
-from flux_trainer.config.schema import JobConfig, Model
+from flux_trainer.config.schema import FAMILIES, JobConfig, Model
 
 ROOT = Path(__file__).parents[2]
 
@@ -47,6 +47,12 @@ def test_a_sound_run_passes_without_remarks(world_size):
 @pytest.mark.parametrize(
     ("flags", "line"),
     [
+        (
+            ["--model.name=flux2", "--model.flavor=flux-dev"],
+            'model.flavor = "flux-dev" does not belong to model.name = "flux2", whose flavors are flux2-dev, '
+            "flux2-klein-4b, flux2-klein-9b, flux2-debug, flux2-tiny; leave model.name out, and the flavor "
+            "decides",
+        ),
         (
             ["--training.img_size=250"],
             "training.img_size = 250 is not a multiple of 16 (8 pixels per latent, 2 latents per token); "
@@ -355,3 +361,11 @@ def test_every_config_in_the_repository_loads_and_is_consistent(path, monkeypatc
 def test_the_flavors_are_those_of_the_registry():
     registry = pytest.importorskip("flux_trainer.models.registry")
     assert set(Model.model_fields["flavor"].annotation.__args__) == set(registry.FLAVORS)
+    for name, flavors in FAMILIES.items():
+        assert {flavor: registry.FLAVORS[flavor].family for flavor in flavors} == dict.fromkeys(flavors, name)
+
+
+def test_a_flavor_of_another_family_is_refused_for_pictures_too():
+    config = load(sound("--model.name=flux2", "--model.flavor=flux-dev")).config
+    with pytest.raises(ConfigError, match=r"model\.flavor = .* does not belong"):
+        check_generation(config, None)

@@ -75,6 +75,19 @@ def test_every_form_of_a_flag(flags, key, value):
     assert type(found) is type(value)
 
 
+@pytest.mark.parametrize(
+    ("flags", "name"),
+    [
+        ([], "flux1"),
+        (["--model.flavor=flux-tiny"], "flux1"),
+        (["--model.flavor=flux2-klein-9b"], "flux2"),
+        (["--model.flavor=flux-tiny", "--model.name=flux2"], "flux2"),  # which `check` refuses
+    ],
+)
+def test_the_family_is_the_flavors_unless_it_is_given(flags, name):
+    assert load_config(flags).model.name == name
+
+
 def test_later_layers_win_and_the_command_line_wins_over_all(write):
     write("[training]\nsteps = 1\nimg_size = 128\nmax_norm = 3\n[optimizer]\nlr = 1e-3\n", "a.toml")
     write("[training]\nsteps = 2\nimg_size = 256\n", "b.toml")
@@ -139,7 +152,8 @@ def test_tables_of_sources_are_replaced_whole_and_overridden_by_index(write):
         (
             '[model]\nflavor = "flux-dv"',
             'model.flavor = "flux-dv": not a valid choice; expected one of "flux-dev", "flux-schnell", '
-            '"flux-debug", "flux-tiny"; did you mean "flux-dev"?',
+            '"flux-debug", "flux-tiny", "flux2-dev", "flux2-klein-4b", "flux2-klein-9b", "flux2-debug", '
+            '"flux2-tiny"; did you mean "flux-dev"?',
         ),
         (
             "[flow]\nshift = -1",

@@ -10,19 +10,22 @@ import torch
 
 from flux_trainer.flow.rng import Purpose, normal_slice, uniform_slice
 from flux_trainer.models.flops import num_params
-from flux_trainer.models.flux1 import Flux1Model
 from flux_trainer.models.init import Constant, Normal, Rows, Uniform, initial_values
+from flux_trainer.models.model import FluxModel
 from flux_trainer.models.registry import FLAVORS, build
 
 KEYS = json.loads((Path(__file__).parents[1] / "golden" / "flux1_keys.json").read_text())
 PUBLISHED = {"flux-dev": 11_901_408_320, "flux-schnell": 11_891_178_560}
+PUBLISHED2 = {
+    "flux2-dev": 32_223_281_152,
+    "flux2-klein-4b": 3_875_544_576,
+    "flux2-klein-9b": 9_078_581_248,
+}
 
 
-def meta_model(flavor: str) -> Flux1Model:
+def meta_model(flavor: str) -> FluxModel:
     with torch.device("meta"):
-        model = build("flux1", flavor)
-    assert isinstance(model, Flux1Model)
-    return model
+        return build(FLAVORS[flavor].family, flavor)
 
 
 @pytest.mark.parametrize("flavor", PUBLISHED)
@@ -39,8 +42,16 @@ def test_names_and_shapes_of_the_published_models(flavor):
     assert num_params(FLAVORS[flavor]) == PUBLISHED[flavor]
 
 
-def test_blocks_in_forward_order():
-    names = [name for name, _ in meta_model("flux-tiny").blocks()]
+@pytest.mark.parametrize("flavor", PUBLISHED2)
+def test_sizes_of_the_published_flux2_models(flavor):
+    config = FLAVORS[flavor]
+    assert num_params(config) == PUBLISHED2[flavor]
+    assert (config.guidance_embed, config.head_dim) == (flavor == "flux2-dev", 128)
+
+
+@pytest.mark.parametrize("flavor", ["flux-tiny", "flux2-tiny"])
+def test_blocks_in_forward_order(flavor):
+    names = [name for name, _ in meta_model(flavor).blocks()]
     assert names == [*(f"double_blocks.{i}" for i in range(3)), *(f"single_blocks.{i}" for i in range(6))]
     model = meta_model("flux-debug")
     assert all(model.get_submodule(name) is block for name, block in model.blocks())
@@ -49,7 +60,9 @@ def test_blocks_in_forward_order():
 def test_unknown_names_are_refused():
     with pytest.raises(ValueError, match="flux-schnell"):
         build("flux1", "flux-shnell")
-    with pytest.raises(ValueError, match="flux1"):
+    with pytest.raises(ValueError, match="Family flux2 has no flavor 'flux-dev'; there are: flux2-dev, "):
+        build("flux2", "flux-dev")
+    with pytest.raises(ValueError, match="no model family 'flux9'; there are: flux1, flux2"):
         build("flux9", "flux-dev")
 
 
@@ -80,6 +93,26 @@ def test_every_parameter_has_a_distribution():
         "single_blocks.9.norm.query_norm.scale": Constant(1.0),
         "final_layer.linear.weight": Constant(0.0),
         "final_layer.adaLN_modulation.1.weight": Constant(0.0),
+    }
+    assert {name: distributions[name] for name in expected} == expected
+
+
+def test_every_parameter_of_flux2_has_a_distribution():
+    model = meta_model("flux2-klein-4b")
+    distributions = model.init_distributions()
+    assert list(distributions) == [name for name, _ in model.named_parameters()]
+    h, mlp = 3072, 3 * 3072
+    square, wide = Uniform(math.sqrt(6 / (2 * h))), Uniform(math.sqrt(6 / (h + mlp)))
+    expected = {
+        "txt_in.weight": Uniform(math.sqrt(6 / (7680 + h))),
+        "time_in.out_layer.weight": Normal(0.02),
+        "double_stream_modulation_img.lin.weight": Constant(0.0),
+        "double_stream_modulation_txt.lin.weight": Constant(0.0),
+        "single_stream_modulation.lin.weight": Constant(0.0),
+        "double_blocks.4.txt_mlp.0.weight": Rows(((mlp, wide),) * 2),
+        "double_blocks.4.txt_mlp.2.weight": wide,
+        "single_blocks.9.linear1.weight": Rows(((h, square),) * 3 + ((mlp, wide),) * 2),
+        "final_layer.linear.weight": Constant(0.0),
     }
     assert {name: distributions[name] for name in expected} == expected
 

@@ -144,9 +144,9 @@ def test_every_file_runs_at_its_number_of_gpus(name, tmp_path):
 
 
 def test_every_flavor_has_a_file():
-    """Hence the test above runs every flavor."""
+    """Hence the test above runs every flavor of the families that the trainer trains."""
     flavors = {load_config([f"--job.config_file={path}"]).model.flavor for path in FILES.values()}
-    assert flavors == registry.FLAVORS.keys()
+    assert flavors == {flavor for flavor, config in registry.FLAVORS.items() if config.family == "flux1"}
 
 
 HYBRID = {
