@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from flux_trainer.checkpoint.commit import step_folder
@@ -222,7 +223,8 @@ class Trainer(ABC):
         grad_norm = clip_grad_norm(
             self.parameters,
             config.training.max_norm,
-            group=self.mesh.model.get_group(),
+            group=dist.group.WORLD,
+            copies=self.mesh.size("dp_replicate"),
             layouts=self.layouts,
             tp_rank=self.mesh.coordinates["tp"],
         )

@@ -100,7 +100,7 @@ def shared_encoder(mesh: Mesh) -> Shard:
     """How the ranks that share one copy of FLUX share its large text encoder: T5-XXL is a third of FLUX.1."""
 
     def share(encoder: nn.Module, blocks: list[nn.Module]) -> None:
-        if mesh.model.size() > 1:
+        if mesh.model:
             shard(encoder, blocks, mesh.model)
 
     return share

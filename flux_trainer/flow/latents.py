@@ -46,9 +46,7 @@ class LatentSpace:
         """[B, C, h, w] -> tokens [B, (h/p)(w/p), p p C], row by row; channels ordered (c, row, column)."""
         b, c, h, w = latents.shape
         rows, columns, p = *self._grid(h, w), self.patch
-        squares = latents.reshape(b, c, rows, p, columns, p).permute(
-            0, 2, 4, 1, 3, 5
-        )  # [B, ., ., C, p, p]
+        squares = latents.reshape(b, c, rows, p, columns, p).permute(0, 2, 4, 1, 3, 5)  # [B, ., ., C, p, p]
         return squares.reshape(b, rows * columns, c * p * p)
 
     def unpack(self, tokens: Tensor, height: int, width: int) -> Tensor:

@@ -26,18 +26,19 @@ def clip_grad_norm(
     max_norm: float,
     *,
     group: dist.ProcessGroup | None = None,
+    copies: int = 1,
     layouts: Layouts = WHOLE,
     tp_rank: int = 0,
 ) -> Tensor:
     """Scale gradients in place to a total 2-norm of at most `max_norm` (0: leave them); returns the old norm.
 
     Each element of the model counts once: the norm of what this rank holds, apart from tensors that the first
-    rank of its tensor-parallel group counts, then one sum over `group`. The same number on every rank, in
-    float32 or wider.
+    rank of its tensor-parallel group counts, then one sum over `group`. The same number on every rank, to the
+    last bit, in float32 or wider: replicas that saw different ones might skip different steps.
 
     Args:
         parameters: those that this rank holds, by native name.
-        group: the ranks that hold one copy of the model together, no replicas; None: this rank has all.
+        group: the ranks that hold the model together, so many `copies` of it; None: this rank has all.
         layouts: of the parameters that tensor parallelism shares out; the others are whole on its ranks.
     """
     alone = group is None or group.size() == 1
@@ -54,6 +55,7 @@ def clip_grad_norm(
         squares = torch.stack(torch._foreach_norm(counted, 2, wide)).square().sum()
     if not alone:
         dist.all_reduce(squares, group=group)
+        squares = squares / copies
     norm = squares.sqrt()
     if max_norm > 0:
         torch._foreach_mul_([*parts.values()], (max_norm / (norm + 1e-6)).clamp(max=1.0))

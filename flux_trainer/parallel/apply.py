@@ -10,10 +10,10 @@ from torch import nn
 
 from flux_trainer.config.schema import ActivationCheckpoint, Compile, Parallelism
 from flux_trainer.models.model import FluxModel
-from flux_trainer.parallel.arithmetic import check_heads, cuts, holds_weights
+from flux_trainer.parallel.arithmetic import check_heads, context_method, cuts, holds_weights
 from flux_trainer.parallel.cast import read_as
 from flux_trainer.parallel.compile import compile_blocks
-from flux_trainer.parallel.context import ContextParallel, Method
+from flux_trainer.parallel.context import ContextParallel
 from flux_trainer.parallel.fsdp import shard
 from flux_trainer.parallel.mesh import Mesh
 from flux_trainer.parallel.pipeline import Pipeline
@@ -81,7 +81,7 @@ def parallelize(
             share_attention(blocks, context)
         apply_checkpointing(blocks, activation_checkpoint)
         compile_blocks(blocks, compile)
-        if mesh.fsdp.size() > 1:
+        if mesh.fsdp:
             shard(
                 part,
                 blocks,
@@ -108,10 +108,3 @@ def share_attention(blocks: Iterable[nn.Module], context: ContextParallel) -> No
     """Let the attention of `blocks` reach the tokens of all ranks."""
     for block in blocks:
         block.attention = context.attention  # type: ignore[assignment]
-
-
-def context_method(section: Parallelism, heads: int) -> Method:
-    """How attention reaches all tokens where a rank computes `heads` heads: what is set, or what suits."""
-    if section.context_parallel_method != "auto":
-        return section.context_parallel_method
-    return "ring" if heads % section.context_parallel_degree else "ulysses"

@@ -6,6 +6,7 @@ The trainer and the estimate both go by these functions.
 from __future__ import annotations
 
 from math import prod
+from typing import Literal
 
 from flux_trainer.config.problems import ConfigError
 from flux_trainer.config.schema import JobConfig, Parallelism, Training
@@ -13,6 +14,9 @@ from flux_trainer.models.configs import ModelConfig
 from flux_trainer.models.flops import macs
 from flux_trainer.models.registry import FLAVORS
 from flux_trainer.parallel.stages import check_micro_batches, spans
+
+Method = Literal["ulysses", "ring", "allgather"]
+"""Of context parallelism."""
 
 
 def degrees(section: Parallelism, world_size: int) -> dict[str, int]:
@@ -65,6 +69,23 @@ def check_heads(model: ModelConfig, degree: int) -> None:
             )
 
 
+def context_method(section: Parallelism, heads: int) -> Method:
+    """How attention reaches all tokens where a rank computes `heads` heads: what is set, or what suits."""
+    if section.context_parallel_method != "auto":
+        return section.context_parallel_method
+    return "ring" if heads % section.context_parallel_degree else "ulysses"
+
+
+def check_context(method: Method, heads: int, degree: int) -> None:
+    """Raise ValueError unless attention over `heads` heads can be shared by `degree` ranks in that way."""
+    if method == "ulysses" and heads < degree:
+        raise ValueError(
+            f"ulysses gives every rank of a context parallel group at least one head, but {heads} heads "
+            f"over {degree} ranks leave {degree - heads} without; use ring or allgather, or at "
+            f"most {heads} ranks"
+        )
+
+
 def cuts(model: ModelConfig, tokens: tuple[int, int], section: Parallelism) -> list[range]:
     """The blocks of each stage of a pipeline, of one stage without one; stages cost as equally as can be.
 
@@ -96,6 +117,8 @@ def check_sharing(config: JobConfig, world_size: int) -> dict[str, int]:
     try:
         sizes = degrees(section, world_size)
         check_heads(model, sizes["tp"])
+        heads = model.num_heads // sizes["tp"]
+        check_context(context_method(section, heads), heads, sizes["cp"])
         cuts(model, tokens(config), section)
     except ValueError as error:
         raise ConfigError([str(error)]) from error

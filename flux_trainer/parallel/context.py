@@ -17,18 +17,17 @@ The modules `ulysses`, `ring` and `gathered` say what holds where nothing divide
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
 from torch import Tensor
 from torch.distributed.distributed_c10d import ProcessGroup
 
+from flux_trainer.parallel.arithmetic import Method, check_context
 from flux_trainer.parallel.gathered import gather_tokens, gathered_attention
 from flux_trainer.parallel.group import shares
 from flux_trainer.parallel.ring import ring_attention
 from flux_trainer.parallel.ulysses import ulysses_attention
-
-Method = Literal["ulysses", "ring", "allgather"]
 
 ops = torch.ops.flux_trainer
 # Operators that communicate in forward: keep their results, and recomputation repeats no message.
@@ -55,12 +54,7 @@ class ContextParallel:
         if method not in get_args(Method):
             raise ValueError(f"context parallel method {method!r} is none of {', '.join(get_args(Method))}")
         self.rank, self.size = group.rank(), group.size()
-        if method == "ulysses" and heads < self.size:
-            raise ValueError(
-                f"ulysses gives every rank of a context parallel group at least one head, but {heads} heads "
-                f"over {self.size} ranks leave {self.size - heads} without; use ring or allgather, or at "
-                f"most {heads} ranks"
-            )
+        check_context(method, heads, self.size)
         self.method = method
         self.group = group
         self.group_name: str = group.group_name

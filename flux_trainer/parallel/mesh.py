@@ -32,9 +32,9 @@ class Mesh:
     """Ranks along each dimension."""
     coordinates: dict[str, int]
     """This rank's number along each dimension."""
-    fsdp: DeviceMesh
+    fsdp: DeviceMesh | None
     """Who shares the weights: dp_shard x cp as `fsdp`; 2-D with `dp_replicate` before it for HSDP."""
-    model: DeviceMesh
+    model: DeviceMesh | None
     """1-D: the ranks that hold one whole copy of the weights together, all dimensions but dp_replicate."""
     cp: dist.ProcessGroup | None
     tp: dist.ProcessGroup | None
@@ -95,17 +95,30 @@ def build_mesh(section: Parallelism, world_size: int, device_type: str, timeout_
     ranks = torch.arange(world_size).view(*sizes.values())
     place = (ranks == dist.get_rank()).nonzero()[0].tolist()
     group = partial(_group, ranks, timedelta(seconds=timeout_seconds))
-    weights = DeviceMesh(  # [pp x tp, dp_replicate, dp_shard x cp]
-        device_type,
-        ranks.permute(0, 4, 1, 2, 3).flatten(3, 4).flatten(0, 1),
-        mesh_dim_names=("part", "dp_replicate", "fsdp"),
+
+    def mesh(**groups: dist.ProcessGroup) -> DeviceMesh:
+        shape = [each.size() for each in groups.values()]
+        members = ranks[place[0], :, :, :, place[4]].reshape(shape) if len(shape) == 2 else None
+        names = tuple(groups)
+        given = [*groups.values()] if members is not None else next(iter(groups.values()))
+        return DeviceMesh.from_group(given, device_type, mesh=members, mesh_dim_names=names)
+
+    weights, copies, whole = (
+        group("dp_shard", "cp"),
+        group("dp_replicate"),
+        group("pp", "dp_shard", "cp", "tp"),
     )
-    copies = DeviceMesh(device_type, ranks.movedim(1, 0).flatten(1), mesh_dim_names=("dp_replicate", "model"))
+    fsdp = None
+    if copies:  # FSDP wants both dimensions, be it that no rank shares a copy with another
+        alone = partial(dist.new_group, [dist.get_rank()], use_local_synchronization=True)
+        fsdp = mesh(dp_replicate=copies, fsdp=weights or alone())
+    elif weights:
+        fsdp = mesh(fsdp=weights)
     return Mesh(
         sizes=sizes,
         coordinates=dict(zip(DIMENSIONS, place, strict=True)),
-        fsdp=weights["dp_replicate", "fsdp"] if sizes["dp_replicate"] > 1 else weights["fsdp"],
-        model=copies["model"],
+        fsdp=fsdp,
+        model=mesh(model=whole) if whole else None,
         cp=group("cp"),
         tp=group("tp"),
         pp=group("pp"),

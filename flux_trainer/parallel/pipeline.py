@@ -139,6 +139,8 @@ class Pipeline:
         shapes = [{name: x.shape for name, x in each.items() if x is not None} for each in self.inputs]
         assert all(each == shapes[0] for each in shapes), f"micro-batches of different shapes: {shapes}"
         key = (len(shapes), *shapes[0].items())
+        if not self.schedules:  # all ranks at once: nccl connects a group in its first collective
+            dist.all_reduce(torch.zeros(1, device=self.device), group=self.group)
         if key not in self.schedules:
             kind = get_schedule_class(self.schedule)
             stages = [self._stage(local) for local in range(len(self.parts))]

@@ -25,7 +25,7 @@ from collections.abc import Sequence
 import torch
 
 from flux_trainer.config.schema import ActivationCheckpoint
-from flux_trainer.parallel.apply import context_method
+from flux_trainer.parallel.arithmetic import context_method
 from flux_trainer.parallel.estimate import Part, Plan
 
 KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "ring", "pipeline")

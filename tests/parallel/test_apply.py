@@ -9,6 +9,7 @@ from helpers.held import part, whole
 from helpers.ranks import run_ranks
 from helpers.resident import needs_proc, peak, restart_peak
 from helpers.small_model import arguments, inputs, small, small2
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
 from flux_trainer.config.schema import ActivationCheckpoint, Compile, Parallelism
@@ -76,10 +77,7 @@ def build_parallel(
 class One:
     """Stands for the mesh of a single process without a process group."""
 
-    cp = tp = pp = None
-
-    class fsdp:
-        size = staticmethod(lambda: 1)
+    cp = tp = pp = fsdp = None
 
     def size(self, *dimensions: str) -> int:
         return 1
@@ -302,7 +300,7 @@ def mixed(with_fsdp: bool, remat: str = "none") -> tuple[dict[str, torch.Tensor]
     model = build(1, dtype=torch.float32, remat=remat, param_dtype=None if with_fsdp else torch.bfloat16)
     if with_fsdp:
         blocks = [block for _, block in model.blocks()]
-        mesh = build_mesh(Parallelism(), 1, "cpu").fsdp
+        mesh = init_device_mesh("cpu", (1,))
         shard(model, blocks, mesh, param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     return gradients(model, [slice(0, 4), slice(4, 8)], torch.float32)
 

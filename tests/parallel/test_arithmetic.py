@@ -11,10 +11,11 @@ from flux_trainer.models.registry import FLAVORS
 from flux_trainer.parallel.arithmetic import check_heads, check_mesh, holds_weights, micro_batches
 
 
-def settings(**degrees) -> JobConfig:
+def settings(method: str = "auto", **degrees) -> JobConfig:
     config = JobConfig()
     config.model.flavor = "flux-dev"
     config.parallelism = Parallelism(**{f"{name}_parallel_degree": n for name, n in degrees.items()})
+    config.parallelism.context_parallel_method = method
     return config
 
 
@@ -30,6 +31,7 @@ def test_heads_that_do_not_divide_are_refused_with_the_arithmetic():
         ({"tensor": 5}, 10, "24 attention heads cannot be shared out evenly: 24 / 5"),
         ({"pipeline": 58}, 58, "58 stages for 57 blocks"),
         ({"pipeline": 4}, 4, "a step has 1, the pipeline 4 ranks"),
+        ({"context": 32, "method": "ulysses"}, 32, "24 heads over 32 ranks leave 8 without"),
         ({"context": 3}, 4, "= 3 ranks, but the world has 4"),
     ],
 )

@@ -30,7 +30,10 @@ def groups(sizes: dict[str, int]) -> dict:
     """This rank's coordinates, and the members of its groups."""
     mesh = build_mesh(section(sizes), dist.get_world_size(), "cpu")
     members = {name: getattr(mesh, name) for name in ("cp", "tp", "pp", "shared")}
-    members |= {"fsdp": mesh.fsdp.get_group("fsdp"), "model": mesh.model.get_group()}
+    members |= {
+        "fsdp": mesh.fsdp and mesh.fsdp.get_group("fsdp"),
+        "model": mesh.model and mesh.model.get_group(),
+    }
     found = {k: g and dist.get_process_group_ranks(g) for k, g in members.items()}
     return found | {
         "place": mesh.coordinates,

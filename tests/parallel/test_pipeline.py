@@ -103,7 +103,7 @@ def pipeline_of(
         blocks = [block for _, block in part.blocks()]
         apply_checkpointing(blocks, ActivationCheckpoint(mode=remat))
         compile_blocks(blocks, Compile(enable=compile, backend="aot_eager"))
-        if mesh.fsdp.size() > 1:
+        if mesh.fsdp:
             shard(part, blocks, mesh.fsdp, param_dtype=dtype, reshard_after_forward=not hold)
         elif dtype != torch.float64:
             read_as(part, dtype)
@@ -123,7 +123,7 @@ def on_a_rank(cases: list[dict]) -> list[list[dict[str, Tensor]]]:
             result = {"loss": pipeline.forward_backward(mine, loss)}
             for part in pipeline.parts:
                 for name, parameter in part.named_parameters():
-                    gathered = mesh.fsdp.size() > 1 and not isinstance(parameter, DTensor)
+                    gathered = mesh.fsdp and not isinstance(parameter, DTensor)
                     assert not gathered, f"{name} is still whole after the step"
                     result[name] = whole(parameter.grad)
                     parameter.grad = None
