@@ -79,13 +79,14 @@ def estimate(config: JobConfig, world_size: int) -> dict[str, Any]:
     from flux_trainer.parallel import estimate as e
     from flux_trainer.parallel.held import Memory, samples
     from flux_trainer.parallel.held import memory as held
+    from flux_trainer.parallel.mesh import MODEL
     from flux_trainer.parallel.traffic import traffic
 
     p = e.plan(config, world_size)
     own = config.activation_checkpoint
     frozen = footprint(
         config.encoder,
-        p.size("pp", "dp_shard", "cp", "tp"),
+        p.size(*MODEL),
         config.training.local_batch_size,
         config.training.img_size,
         kind_of(p.model),
@@ -153,7 +154,11 @@ def estimate(config: JobConfig, world_size: int) -> dict[str, Any]:
             name: {"activations": memory(rank, name).activations, "peak": peak(memory(rank, name))}
             for name in names
         },
-        "sent_per_step": traffic(p, stages[rank], own),
+        "sent_per_step": {
+            **traffic(p, stages[rank], own),
+            # T5's or the language model's weights, gathered in every call.
+            "text encoder": p.encoder_calls * (p.size(*MODEL) - 1) * (frozen.t5 + frozen.llm),
+        },
     }
 
 

@@ -293,7 +293,7 @@ def _remarks(config: JobConfig, world_size: int | None) -> Iterator[Finding]:
         )
     per_step = config.training.global_batch_size
     if per_step == -1 and world_size is not None:
-        per_step = config.training.local_batch_size * world_size
+        per_step = config.training.local_batch_size * world_size // _sharing(config)
     if config.ema.enable and config.ema.rampup_ratio == 0 and 0 < per_step * steps < config.ema.half_life:
         yield (
             "ema.half_life",

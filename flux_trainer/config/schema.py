@@ -141,7 +141,8 @@ class Training(Section):
     local_batch_size: PositiveInt = 8
     """Samples of one forward pass on one rank."""
     global_batch_size: int = -1
-    """Samples of one optimizer step; -1: one local batch on every rank. More means gradient accumulation."""
+    """Samples of one optimizer step; -1: one local batch on every rank, or on every group of ranks that share
+    samples. More means gradient accumulation."""
     img_size: PositiveInt = 256
     """Side of the square training images in pixels (a multiple of 16)."""
     max_norm: NonNegativeFloat = 1.0

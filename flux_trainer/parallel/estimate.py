@@ -84,6 +84,12 @@ class Plan:
         return self.config.training.local_batch_size
 
     @property
+    def encoder_calls(self) -> int:
+        """Of a rank in a step: the ranks that work on the same samples encode a part of them each."""
+        samples = ceil(self.micro_batches * self.batch / self.size("pp", "cp", "tp"))
+        return ceil(samples / self.batch)
+
+    @property
     def fsdp(self) -> int:
         """Ranks that share each weight."""
         return self.size("dp_shard", "cp")

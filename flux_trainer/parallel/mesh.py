@@ -22,6 +22,7 @@ from flux_trainer.runtime.dist import World
 DIMENSIONS = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
 DATA = ("dp_replicate", "dp_shard")  # ranks apart along these work on different samples
 SHARED = ("pp", "cp", "tp")  # along these, on the same
+MODEL = ("pp", "dp_shard", "cp", "tp")  # together these hold the model once
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,7 @@ def build_mesh(section: Parallelism, world_size: int, device_type: str, timeout_
     weights, copies, whole = (
         group("dp_shard", "cp"),
         group("dp_replicate"),
-        group("pp", "dp_shard", "cp", "tp"),
+        group(*MODEL),
     )
     fsdp = None
     if copies:  # FSDP wants both dimensions, be it that no rank shares a copy with another

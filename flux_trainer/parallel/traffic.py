@@ -14,7 +14,8 @@ an all-reduce. With m micro-batches,
 Full checkpointing repeats what forward sends; selective checkpointing keeps what has come, and sends nothing
 twice. `tests/parallel/test_traffic.py` counts real steps and compares. Where tokens or heads do not divide
 by the ranks of a context parallel group, each sends a little more or less (`parallel/context.py`).
-Left out is what a step sends beside: encoded samples, T5's gathered weights, the gradients' norm.
+Left out is what a step sends beside forward and backward: encoded samples, the gradients' norm, and the
+gathered weights of the text encoder, which `flux-trainer estimate` adds.
 """
 
 from __future__ import annotations

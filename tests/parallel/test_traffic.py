@@ -15,6 +15,7 @@ from helpers.ranks import run_ranks
 from helpers.sent import Sent
 from helpers.tiny_run import MODEL, TinyTrainer, tiny_config, write_assets
 
+from flux_trainer.encoders.footprint import footprint
 from flux_trainer.flux import MicroBatch
 from flux_trainer.models import registry
 from flux_trainer.parallel.estimate import parts, plan
@@ -80,6 +81,22 @@ def one_step(folder: Path, settings: list[str]) -> tuple[dict[str, int], dict[st
         counted[kind] += size
     stages = parts(p, trainer.mesh.coordinates["pp"], trainer.mesh)
     return dict(counted), traffic(p, stages, config.activation_checkpoint)
+
+
+def test_the_text_encoders_weights_are_foreseen(folder, monkeypatch):
+    """4 local batches of each of two ranks: 4 calls of the encoder, and in each what the other rank has of T5."""
+    monkeypatch.setitem(registry.FLAVORS, "flux-tiny", MODEL)
+    config = tiny_config(folder, *flags({"shard": 2}, 4))
+    with fake_world(2):
+        trainer = TinyTrainer(config)
+        loader = trainer.build_loader(0)
+        batch = next(loader)
+        with Sent() as sent:
+            trainer.micro_batches(batch)
+        loader.close()
+    share = footprint(config.encoder, 2, 2, 32).t5
+    assert plan(config, 2).encoder_calls == 4
+    assert sum(sent.bytes.values()) == 4 * share
 
 
 CP_METHODS = ("ulysses", "ring", "allgather")
