@@ -84,7 +84,7 @@ def one_step(folder: Path, settings: list[str]) -> tuple[dict[str, int], dict[st
 
 
 def test_the_text_encoders_weights_are_foreseen(folder, monkeypatch):
-    """4 local batches of each of two ranks: 4 calls of the encoder, and in each what the other rank has of T5."""
+    """Two ranks encode 4 local batches each, and send what the other lacks of T5 for each."""
     monkeypatch.setitem(registry.FLAVORS, "flux-tiny", MODEL)
     config = tiny_config(folder, *flags({"shard": 2}, 4))
     with fake_world(2):
