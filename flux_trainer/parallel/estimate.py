@@ -51,7 +51,8 @@ class Part:
     shapes: dict[str, list[tuple[int, ...]]]
     """By group ("" for the root): of the parameters, after tensor parallelism."""
     embedders: bool
-    head: bool
+    head: int
+    """Elements of the head's parameters; 0 where another stage has it."""
 
     def numel(self, group: str) -> int:
         return sum(prod(shape) for shape in self.shapes[group])
@@ -163,7 +164,8 @@ def parts(p: Plan, rank: int, mesh: Mesh | None) -> list[Part]:
         first, last = stage == 0, stage == len(stages) - 1
         blocks = [names[i] for i in stages[stage]]
         root = (before if first else []) + (head if last else [])
-        found.append(Part(blocks, {"": root, **{name: shapes[name] for name in blocks}}, first, last))
+        groups = {"": root, **{name: shapes[name] for name in blocks}}
+        found.append(Part(blocks, groups, first, sum(map(prod, head)) if last else 0))
     return found
 
 

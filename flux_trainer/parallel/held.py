@@ -12,21 +12,20 @@ they stay. Under a pipeline, what the other micro-batches in flight keep is adde
 Not counted: workspaces inside operators, the allocator's fragments, the CUDA context and NCCL's buffers.
 A compiled block keeps less.
 
-Compared with measured peaks of flux-tiny on CPUs, with each checkpointing mode (first the whole peak, then
-the part of it that is neither weights nor optimizer state):
+The root's gradients wait for those of the embedders: as long as backward runs, those of the head.
 
-    one rank, 32 to 320 tokens, float32, bfloat16   -1.6 to +0.6 %    -5.3 to +2.1 %    MemTracker
-    fsdp2, bfloat16                                 -2.4 to -0.4 %    -6.4 to -1.0 %    FSDPMemTracker
-    tp2, bfloat16                                   -0.2 to +0.9 %    -0.8 to +2.6 %    MemTracker
-    cp2 (ulysses), bfloat16                         -6.4 to -3.6 %   -16.4 to -9.3 %    FSDPMemTracker
-    pp2 (1F1B, 4 micro-batches), bfloat16           +0.6 to +1.1 %    +1.1 to +3.4 %    LiveBytes
+`tests/parallel/test_estimate.py` compares with measured peaks of flux-tiny and flux2-tiny on CPUs (first the
+whole peak, then the part of it that is neither weights nor optimizer state):
 
-and with imagined peers, bfloat16 (`tests/parallel/test_estimate.py`):
+    one rank, float32 and bfloat16, each checkpointing mode     -0.1 to +0.2 %    -0.5 to +0.7 %
+    pp2 (1F1B, 4 micro-batches), bfloat16, both ranks           +0.1 to +0.2 %    +0.1 to +0.4 %
 
-    hsdp 2x2, fsdp2 x tp2, cp2, fsdp2 x cp2, cp4 (ring, allgather), cp2 x tp2
-                                                    -1.1 to +1.3 %    -2.8 to +3.7 %    FSDPMemTracker
+and with imagined peers, bfloat16
 
-Larger meshes, products with a pipeline, and GPUs have not been compared.
+    fsdp2 and fsdp2 x tp2, each mode; hsdp 2x2, cp2, fsdp2 x cp2, cp4 (ring, allgather) and
+    cp2 x tp2, selective                                        -0.4 to +0.1 %    -1.0 to +0.2 %
+
+Larger meshes, other products with a pipeline, and GPUs have not been compared.
 """
 
 from __future__ import annotations
@@ -95,18 +94,22 @@ def memory(p: Plan, stages: Sequence[Part], rank: int, cost: dict[str, Cost], mi
         for k, (name, c) in enumerate(walk):
             before = sum(each.kept for _, each in walk[:k])
             later = names[k + 1 :]
-            done = sum(part.shard(other, p.fsdp) for other in later)
+            # The root's gradients wait, whole, until those of the embedders are there.
+            waiting = part.head if k + 1 < len(walk) else 0
+            done = sum(part.shard(other, p.fsdp) for other in later if other)
+            if not p.wraps:
+                done += waiting
             gathered = reduction = 0
             if p.wraps:
                 first = max(0, k - p.config.parallelism.fsdp_prefetch)
-                ahead = sum(part.numel(other) for other in names[first:k])
+                ahead = sum(part.numel(other) for other in names[first:k] if other)
                 here = part.numel(name) if name else 0
                 gathered = compute * (whole if p.hold else root + here + ahead)
                 previous = later[0] if later else ""
                 sent = part.numel(previous) if previous else 0
                 if previous and ((accumulates and not late) or reduce != stored):  # else it is the gradient
                     sent += part.shard(previous, p.fsdp)
-                reduction = reduce * (sent + (whole if late and accumulates else 0))
+                reduction = reduce * (sent + (whole if late and accumulates else 0)) + compute * waiting
             candidate = Memory(
                 parameters=elements * stored,
                 gathered=gathered,

@@ -3,12 +3,11 @@
 Megatron's scheme (Shoeybi et al., "Megatron-LM", 2019): of two linears in a row, each rank has some outputs
 of the first ("column parallel": Megatron's weights are transposed) and the matching inputs of the second
 ("row parallel"); one sum over ranks completes the second's output, another the gradient of the first's input.
-What lies between (attention over the rank's heads, GELU) needs no communication. Fused linears stay fused:
-each of their sections is shared out on its own. Modulations are column parallel too, and their output, one
-row per sample, is gathered. Between the blocks, every rank holds the activations of all tokens, and the
-embedders and the final layer are whole. So are modulations that all blocks share (FLUX.2): the ranks would
-save a few percent of the weights, and no time, for the product with one row per sample is small, and no
-block would send anything less.
+What lies between (attention over the rank's heads, GELU or SwiGLU) needs no communication. Fused linears
+stay fused: each of their sections is shared out on its own. Modulations are column parallel too, and their
+output, one row per sample, is gathered. Between the blocks, every rank holds the activations of all tokens,
+and the embedders and the final layer are whole. So are modulations that all blocks share (FLUX.2): shared out, they
+would save 2 to 4 % of the weights and, with one row per sample, hardly any time; no block would send less.
 
 With micro-batches of B samples, L text and image tokens, hidden size h and head dimension D, a block's
 collectives have these numbers of elements, in the dtype of the computation:

@@ -1,26 +1,29 @@
 """The estimate against what real ranks hold, closed arithmetic, and memory measured in a real step."""
 
+from collections.abc import Callable
 from math import ceil
 
 import pytest
 import torch
 import torch.distributed as dist
+from helpers.alive import Alive
 from helpers.fake_world import fake_world
 from helpers.ranks import run_ranks
-from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
-from torch.distributed._tools.mem_tracker import MemTracker
+from helpers.small_model import inputs
+from torch import Tensor
 
 from flux_trainer.config.load import load_config
 from flux_trainer.config.schema import ActivationCheckpoint, JobConfig, Parallelism
-from flux_trainer.flow.latents import FLUX1
 from flux_trainer.flow.loss import flow_loss
 from flux_trainer.models import registry
 from flux_trainer.models.flops import num_params
+from flux_trainer.models.model import FluxModel
 from flux_trainer.optim.build import build_optimizer, optimizer_tensors
 from flux_trainer.parallel.apply import parallelize
 from flux_trainer.parallel.cast import read_as
+from flux_trainer.parallel.context import ContextParallel
 from flux_trainer.parallel.estimate import MODES, Plan, costs, parts, plan, sharing
-from flux_trainer.parallel.held import memory
+from flux_trainer.parallel.held import Memory, memory
 from flux_trainer.parallel.mesh import build_mesh
 from flux_trainer.parallel.remat import apply_checkpointing
 from flux_trainer.parallel.traffic import traffic
@@ -38,10 +41,10 @@ MESHES = {
 
 def settings(flavor: str, **degrees) -> JobConfig:
     config = load_config([])
-    config.model.flavor = flavor
+    config.model.name, config.model.flavor = registry.FLAVORS[flavor].family, flavor
     config.parallelism = Parallelism(**degrees)
     config.training.local_batch_size, config.training.img_size = 1, 64
-    config.encoder.max_t5_encoding_len = 16
+    config.encoder.max_t5_encoding_len = config.encoder.max_llm_encoding_len = 16
     if "pipeline_parallel_degree" in degrees:
         config.training.global_batch_size = 2
     return config
@@ -53,7 +56,7 @@ def one_rank(flavor: str, degrees: dict) -> tuple[bool, int, int, int, int]:
     config = settings(flavor, **degrees)
     mesh = build_mesh(config.parallelism, torch.distributed.get_world_size(), "cpu")
     with torch.device("meta"):
-        model = registry.build("flux1", flavor)
+        model = registry.build(config.model.name, flavor)
     parallel = parallelize(
         model,
         mesh,
@@ -65,23 +68,15 @@ def one_rank(flavor: str, degrees: dict) -> tuple[bool, int, int, int, int]:
         reduce_dtype=torch.float32,
     )
     gradients = 0
-    if flavor == "flux-tiny":  # the larger one stays on the meta device
+    if flavor != "flux-debug":  # the larger one stays on the meta device
         for part in parallel.parts:
             part.to_empty(device="cpu")
     parameters = {n: p for part in parallel.parts for n, p in part.named_parameters()}
-    if flavor == "flux-tiny" and not parallel.pipeline:
-        width, side = parallel.parts[0].config.context_in_dim, 4
-        inputs = {
-            "img": torch.randn(1, side * side, 64),
-            "img_ids": FLUX1.image_ids(1, 2 * side, 2 * side, torch.device("cpu")),
-            "txt": torch.randn(1, 16, width),
-            "txt_ids": FLUX1.text_ids(1, 16, torch.device("cpu")),
-        }
-        if context := parallel.context:
-            context.begin(16, side * side)
-            inputs = dict(zip(inputs, context.split(*inputs.values()), strict=True))
-        out = model(**inputs, timesteps=torch.rand(1), y=torch.randn(1, width))
-        out.sum().backward()
+    if flavor != "flux-debug" and not parallel.pipeline:
+        given = inputs(model.config, 1, image=16, text=16, dtype=torch.float32)
+        if parallel.context:
+            split(parallel.context, given)
+        model(**model.arguments(**given)).sum().backward()
         gradients = sum(local(p.grad).nbytes for p in parameters.values())
     optimizer = build_optimizer(parameters.items(), config.optimizer)
     moments = optimizer_tensors(optimizer, parameters.items())
@@ -95,9 +90,22 @@ def one_rank(flavor: str, degrees: dict) -> tuple[bool, int, int, int, int]:
     )
 
 
+def split(context: ContextParallel, given: dict[str, Tensor]) -> None:
+    """Leave this rank its tokens."""
+    context.begin(given["text"].shape[1], given["image"].shape[1])
+    streams = ("image", "image_ids", "text", "text_ids")
+    parts = context.split(*(given[name] for name in streams))
+    given |= {name: x.clone() for name, x in zip(streams, parts, strict=True)}
+
+
 @pytest.mark.distributed
-@pytest.mark.parametrize("flavor", ["flux-tiny", "flux-debug"])
-@pytest.mark.parametrize("mesh", MESHES)
+@pytest.mark.parametrize(
+    ("flavor", "mesh"),
+    [
+        *((flavor, mesh) for flavor in ("flux-tiny", "flux-debug") for mesh in MESHES),
+        *(("flux2-tiny", mesh) for mesh in ("fsdp2 x tp2", "pp2", "cp2")),
+    ],
+)
 def test_real_ranks_hold_what_is_estimated(flavor, mesh):
     ranks, degrees = MESHES[mesh]
     p = plan(settings(flavor, **degrees), ranks)
@@ -109,7 +117,7 @@ def test_real_ranks_hold_what_is_estimated(flavor, mesh):
         if first:
             assert parameters == want[place].parameters
             assert optimizer == want[place].optimizer
-            if flavor == "flux-tiny" and p.sizes["pp"] == 1:
+            if flavor != "flux-debug" and p.sizes["pp"] == 1:
                 assert gradients == want[place].gradients
             compared += 1
     assert compared
@@ -141,55 +149,59 @@ def test_flux_dev_by_arithmetic(ranks):
     assert sent["reduce-scatter"] == 4 * (ranks - 1) * elements
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("compute", ["float32", "bfloat16"])
-def test_the_peak_is_near_a_measured_one(mode, compute):
+@pytest.mark.parametrize(
+    ("flavor", "compute", "mode"),
+    [
+        *(("flux-tiny", compute, mode) for compute in ("float32", "bfloat16") for mode in MODES),
+        ("flux2-tiny", "float32", "full"),
+        ("flux2-tiny", "bfloat16", "none"),
+        ("flux2-tiny", "bfloat16", "selective op"),
+    ],
+)
+def test_the_peak_is_near_a_measured_one(flavor, compute, mode):
     """Also without weights and optimizer state, which are most of a small model's memory."""
     batch, side, text = 2, 192, 64
-    config = settings("flux-tiny")
+    config = settings(flavor)
     config.training.local_batch_size, config.training.img_size = batch, side
     config.training.mixed_precision_param = compute
-    config.encoder.max_t5_encoding_len = text
+    config.encoder.max_t5_encoding_len = config.encoder.max_llm_encoding_len = text
     p: Plan = plan(config, 1)
     estimate = memory(p, parts(p, 0, None), 0, costs(p, None, MODES[mode]))
 
-    model = registry.build("flux1", "flux-tiny")
+    model = registry.build(config.model.name, flavor)
     apply_checkpointing([block for _, block in model.blocks()], MODES[mode])
     if compute != "float32":
         read_as(model, torch.bfloat16)
-    optimizer = build_optimizer(model.named_parameters(), config.optimizer)
-    inputs = {
-        "img": torch.randn(batch, p.tokens[0], 64),
-        "img_ids": FLUX1.image_ids(batch, side // 8, side // 8, torch.device("cpu")),
-        "txt": torch.randn(batch, text, 256),
-        "txt_ids": FLUX1.text_ids(batch, text, torch.device("cpu")),
-        "timesteps": torch.rand(batch),
-        "y": torch.randn(batch, 256),
-    }
-    target = torch.randn(batch, p.tokens[0], 64)
+    given = inputs(p.model, batch, image=p.tokens[0], text=text, dtype=torch.float32)
+    target = torch.randn(batch, p.tokens[0], p.model.out_channels)
 
-    def step() -> None:
-        flow_loss(model(**inputs), target, None, batch, target[0].numel()).backward()
-        optimizer.step()
-        optimizer.zero_grad()
+    def forward_backward() -> None:
+        out = model(**model.arguments(**given))
+        flow_loss(out, target, None, batch, target[0].numel()).backward()
 
-    step()
-    given = [*inputs.values(), target]
-    tracker = MemTracker()
-    tracker.track_external(model, optimizer, *given)
-    with tracker:
-        step()
-    measured = tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"]
-    measured -= sum(x.nbytes for x in given)
-    assert estimate.training == pytest.approx(measured, rel=0.05)
-    assert estimate.training - estimate.stored == pytest.approx(measured - estimate.stored, rel=0.1)
+    found = measured(forward_backward, model, *given.values(), target) + estimate.optimizer
+    assert_near(estimate, found)
 
 
-def measured(config: JobConfig, p: Plan, mode: str) -> int:
-    """Peak of forward and backward beside inputs and optimizer state (which the tracker would get wrong)."""
-    batch, (image, text), side = p.batch, p.tokens, config.training.img_size
+def measured(forward_backward: Callable[[], None], model: FluxModel, *present: Tensor) -> int:
+    """Peak of forward and backward beside inputs and optimizer state."""
+    with Alive() as alive:
+        for tensor in (*present, *map(local, model.parameters())):
+            alive.watch(tensor)
+        forward_backward()
+    return alive.peak - sum(x.nbytes for x in present)
+
+
+def assert_near(estimate: Memory, found: int) -> None:
+    """The whole peak, and what of it is neither weights nor optimizer state."""
+    assert estimate.training == pytest.approx(found, rel=0.01)
+    assert estimate.training - estimate.stored == pytest.approx(found - estimate.stored, rel=0.02)
+
+
+def measured_on_a_mesh(config: JobConfig, p: Plan, mode: str) -> int:
+    batch, (image, text) = p.batch, p.tokens
     with torch.device("meta"):
-        model = registry.build("flux1", "flux-tiny")
+        model = registry.build(config.model.name, config.model.flavor)
     parallel = parallelize(
         model,
         build_mesh(config.parallelism, dist.get_world_size(), "cpu"),
@@ -204,31 +216,19 @@ def measured(config: JobConfig, p: Plan, mode: str) -> int:
     with torch.no_grad():
         for parameter in model.parameters():
             local(parameter).normal_(0, 0.02)
-    inputs = {
-        "img": torch.randn(batch, image, 64),
-        "img_ids": FLUX1.image_ids(batch, side // 8, side // 8, torch.device("cpu")),
-        "txt": torch.randn(batch, text, 256),
-        "txt_ids": FLUX1.text_ids(batch, text, torch.device("cpu")),
-    }
-    target = torch.randn(batch, image, 64)
-    if context := parallel.context:
-        context.begin(text, image)
-        inputs = {name: x.clone() for name, x in zip(inputs, context.split(*inputs.values()), strict=True)}
-        target = context.split(target)[0].clone()
-    inputs |= {"timesteps": torch.rand(batch), "y": torch.randn(batch, 256)}
+    given = inputs(p.model, batch, image=image, text=text, dtype=torch.float32)
+    target = torch.randn(batch, image, p.model.out_channels)
+    if parallel.context:
+        split(parallel.context, given)
+        target = parallel.context.split(target)[0].clone()
 
     def forward_backward() -> None:
-        flow_loss(model(**inputs), target, None, batch, target[0].numel()).backward()
+        out = model(**model.arguments(**given))
+        flow_loss(out, target, None, batch, target[0].numel()).backward()
 
     forward_backward()
     model.zero_grad()
-    given = (*inputs.values(), target)
-    tracker = FSDPMemTracker(model)
-    tracker.track_inputs(given)
-    with tracker:
-        forward_backward()
-    peak = tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"]
-    return peak - sum(x.nbytes for x in given)
+    return measured(forward_backward, model, *given.values(), target)
 
 
 PEAKS = {
@@ -245,21 +245,71 @@ PEAKS = {
 
 
 @pytest.mark.parametrize(
-    ("mesh", "mode"),
-    [*((mesh, "selective op") for mesh in PEAKS), ("fsdp2", "none"), ("fsdp2 x tp2", "full")],
+    ("flavor", "mesh", "mode"),
+    [
+        *(("flux-tiny", mesh, "selective op") for mesh in PEAKS),
+        ("flux-tiny", "fsdp2", "none"),
+        ("flux-tiny", "fsdp2 x tp2", "full"),
+        ("flux2-tiny", "fsdp2", "none"),
+        ("flux2-tiny", "cp2", "selective op"),
+        ("flux2-tiny", "fsdp2 x tp2", "full"),
+    ],
 )
-def test_the_peak_on_a_mesh_is_near_a_measured_one(mesh, mode):
+def test_the_peak_on_a_mesh_is_near_a_measured_one(flavor, mesh, mode):
     ranks, degrees = PEAKS[mesh]
-    config = settings("flux-tiny", **degrees)
+    config = settings(flavor, **degrees)
     config.training.local_batch_size, config.training.img_size = 2, 192
-    config.encoder.max_t5_encoding_len = 64
+    config.encoder.max_t5_encoding_len = config.encoder.max_llm_encoding_len = 64
     p = plan(config, ranks)
     with sharing(p) as group:
         estimate = memory(p, parts(p, 0, group), 0, costs(p, group, MODES[mode]))
     with fake_world(ranks):
-        found = measured(config, p, mode) + estimate.optimizer
-    assert estimate.training == pytest.approx(found, rel=0.02)
-    assert estimate.training - estimate.stored == pytest.approx(found - estimate.stored, rel=0.05)
+        found = measured_on_a_mesh(config, p, mode) + estimate.optimizer
+    assert_near(estimate, found)
+
+
+def on_a_stage(flavor: str) -> tuple[Memory, int]:
+    """Of this rank of a pipeline of two: what is estimated for it, and what it holds."""
+    config = settings(flavor, pipeline_parallel_degree=2)
+    config.training.local_batch_size, config.training.global_batch_size = 2, 8
+    config.training.img_size = 192
+    config.encoder.max_t5_encoding_len = config.encoder.max_llm_encoding_len = 64
+    p, rank = plan(config, 2), dist.get_rank()
+    estimate = memory(p, parts(p, rank, None), rank, costs(p, None, MODES["none"]))
+    with torch.device("meta"):
+        model = registry.build(config.model.name, flavor)
+    parallel = parallelize(
+        model,
+        build_mesh(config.parallelism, 2, "cpu"),
+        tokens=p.tokens,
+        parallelism=config.parallelism,
+        activation_checkpoint=MODES["none"],
+        compile=config.compile,
+        param_dtype=torch.bfloat16,
+        reduce_dtype=torch.float32,
+    )
+    (part,), pipeline = parallel.parts, parallel.pipeline
+    part.to_empty(device="cpu")
+    for parameter in part.parameters():
+        torch.nn.init.normal_(parameter, 0, 0.02)
+    given = [inputs(p.model, 2, image=p.tokens[0], text=64, dtype=torch.float32) for _ in range(4)]
+    target = torch.randn(2, p.tokens[0], p.model.out_channels)
+
+    def forward_backward() -> None:
+        pipeline.forward_backward(
+            [model.arguments(**each) for each in given],
+            lambda out, _: flow_loss(out, target, None, 2, target[0].numel()),
+        )
+
+    present = [x for each in given for x in each.values()]
+    return estimate, measured(forward_backward, part, *present, target) + estimate.optimizer
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("flavor", ["flux-tiny", "flux2-tiny"])
+def test_the_peak_of_a_pipeline_is_near_a_measured_one(flavor):
+    for estimate, found in run_ranks(2, on_a_stage, flavor):
+        assert_near(estimate, found)
 
 
 def test_a_model_that_cannot_be_shared_out_is_refused():
