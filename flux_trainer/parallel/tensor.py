@@ -6,8 +6,9 @@ of the first ("column parallel": Megatron's weights are transposed) and the matc
 What lies between (attention over the rank's heads, GELU or SwiGLU) needs no communication. Fused linears
 stay fused: each of their sections is shared out on its own. Modulations are column parallel too, and their
 output, one row per sample, is gathered. Between the blocks, every rank holds the activations of all tokens,
-and the embedders and the final layer are whole. So are modulations that all blocks share (FLUX.2): shared out, they
-would save 2 to 4 % of the weights and, with one row per sample, hardly any time; no block would send less.
+and the embedders and the final layer are whole. So are modulations that all blocks share (FLUX.2): shared
+out, they would save 2 to 4 % of the weights, but hardly any time (there is one row per sample), and no block
+would send less.
 
 With micro-batches of B samples, L text and image tokens, hidden size h and head dimension D, a block's
 collectives have these numbers of elements, in the dtype of the computation:

@@ -33,6 +33,16 @@ def test_table_and_json_say_the_same(toml, capsys):
     assert figures["modes"]["full"]["activations"] < figures["modes"]["none"]["activations"]
 
 
+def test_flux2_at_full_size(toml, capsys):
+    words = ["estimate", toml, "--gpus", "64", "--json", "--model.flavor=flux2-dev"]
+    words += ["--parallelism.tensor_parallel_degree=4", "--training.img_size=1024"]
+    assert main(words) == 0
+    figures = json.loads(capsys.readouterr().out)
+    assert figures["model_parameters"] == 32_223_281_152
+    assert (figures["image_tokens"], figures["text_tokens"]) == (4096, 512)
+    assert 4 * 32.2e9 / 64 < figures["memory"]["parameters"] < 1.1 * 4 * 32.2e9 / 64
+
+
 def test_refusals_are_those_of_the_run(toml, capsys):
     assert main(["estimate", toml, "--gpus", "8", "--parallelism.tensor_parallel_degree=3"]) == 2
     assert "does not divide the 8 ranks of this run" in capsys.readouterr().err

@@ -8,12 +8,12 @@ import pytest
 from flux_trainer.config.problems import ConfigError
 from flux_trainer.config.schema import JobConfig, Parallelism, Training
 from flux_trainer.models.registry import FLAVORS
-from flux_trainer.parallel.arithmetic import check_heads, check_mesh, holds_weights, micro_batches
+from flux_trainer.parallel.arithmetic import check_heads, check_mesh, holds_weights, micro_batches, tokens
 
 
-def settings(method: str = "auto", **degrees) -> JobConfig:
+def settings(flavor: str = "flux-dev", method: str = "auto", **degrees) -> JobConfig:
     config = JobConfig()
-    config.model.flavor = "flux-dev"
+    config.model.flavor = flavor
     config.parallelism = Parallelism(**{f"{name}_parallel_degree": n for name, n in degrees.items()})
     config.parallelism.context_parallel_method = method
     return config
@@ -38,6 +38,21 @@ def test_heads_that_do_not_divide_are_refused_with_the_arithmetic():
 def test_an_impossible_mesh_is_refused(degrees, ranks, words):
     with pytest.raises(ConfigError, match=words):
         check_mesh(settings(**degrees), ranks)
+
+
+def test_an_impossible_mesh_is_refused_for_flux2():
+    check_mesh(settings("flux2-dev", tensor=16), 16)
+    with pytest.raises(ConfigError, match="24 attention heads cannot be shared out evenly: 24 / 16"):
+        check_mesh(settings("flux2-klein-4b", tensor=16), 16)
+    with pytest.raises(ConfigError, match="26 stages for 25 blocks"):
+        check_mesh(settings("flux2-klein-4b", pipeline=26), 26)
+
+
+def test_text_tokens_are_those_of_the_familys_encoder():
+    for flavor, text in (("flux-dev", 256), ("flux2-dev", 384)):
+        config = settings(flavor)
+        config.training.img_size, config.encoder.max_llm_encoding_len = 512, 384
+        assert tokens(config) == (1024, text)
 
 
 def test_micro_batches_of_a_step():

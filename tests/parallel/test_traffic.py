@@ -3,9 +3,12 @@
 Where there is no pipeline, the rank is one of a fake world: its step is the real one, with nobody to talk to.
 """
 
+from __future__ import annotations
+
 from collections import Counter
 from math import prod
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -13,13 +16,20 @@ import torch.distributed as dist
 from helpers.fake_world import fake_world
 from helpers.ranks import run_ranks
 from helpers.sent import Sent
-from helpers.tiny_run import MODEL, TinyTrainer, tiny_config, write_assets
+from helpers.small_model import inputs, small, small2
+from helpers.tiny_run import TinyTrainer, tiny_config, write_assets
+from torch import Tensor
 
+from flux_trainer.data.loader import TrainLoader
+from flux_trainer.data.samples import Batch
 from flux_trainer.encoders.footprint import footprint
-from flux_trainer.flux import MicroBatch
 from flux_trainer.models import registry
+from flux_trainer.parallel.arithmetic import tokens
 from flux_trainer.parallel.estimate import parts, plan
 from flux_trainer.parallel.traffic import KINDS, traffic
+from flux_trainer.trainer import Trainer
+
+MODELS = {"flux-tiny": small(), "flux2-tiny": small2(in_channels=16)}
 
 DEGREES = {
     "replicate": "data_parallel_replicate_degree",
@@ -35,6 +45,7 @@ def flags(mesh: dict, micro: int, **more: str) -> list[str]:
     groups = mesh.get("replicate", 1) * mesh.get("shard", 1)
     settings = {
         **{f"parallelism.{DEGREES[name]}": degree for name, degree in mesh.items()},
+        "encoder.max_llm_encoding_len": 4,
         "training.img_size": 32,
         "training.local_batch_size": 2,
         "training.global_batch_size": 2 * micro * groups,
@@ -54,22 +65,46 @@ def folder(tmp_path_factory) -> Path:
     return path
 
 
+class RandomInputs(Trainer):
+    """Trains a model of either family on numbers without meaning."""
+
+    def build_model(self):
+        model = registry.build(self.config.model.name, self.config.model.flavor)
+        return model, model.init_distributions()
+
+    def build_loader(self, start_draw: int) -> TrainLoader:
+        raise AssertionError("no data are asked for")
+
+    def micro_batches(self, batch: Batch) -> list[dict[str, Tensor]]:
+        raise AssertionError("no data are asked for")
+
+    def inputs(self, micro_batch: dict[str, Tensor]) -> dict[str, Tensor | None]:
+        given = dict(micro_batch)
+        if context := self.parallel.context:
+            context.begin(*reversed(self.tokens_per_sample()))
+            streams = ("image", "image_ids", "text", "text_ids")
+            given |= zip(streams, context.split(*(given[name] for name in streams)), strict=True)
+        return self.parallel.parts[0].arguments(**given)
+
+    def loss(self, output: Tensor, micro_batch: dict[str, Tensor]) -> Tensor:
+        return output.float().square().sum()
+
+    def flops_per_sample(self) -> int:
+        return 1
+
+    def tokens_per_sample(self) -> tuple[int, int]:
+        return tokens(self.config)
+
+
+@patch.dict(registry.FLAVORS, MODELS)
 def one_step(folder: Path, settings: list[str]) -> tuple[dict[str, int], dict[str, int]]:
     """Bytes by kind that this rank sends in a step, and those that are foreseen."""
     config = tiny_config(folder, *settings)
-    trainer = TinyTrainer(config)
+    trainer = RandomInputs(config)
     p = plan(config, dist.get_world_size())
-    size, latents = config.training.local_batch_size, trainer.latent_shape
+    image, text = p.tokens
     micro_batches = [
-        MicroBatch(
-            x_t=torch.randn(size, *latents),
-            t=torch.rand(size),
-            txt=torch.randn(size, config.encoder.max_t5_encoding_len, MODEL.context_in_dim),
-            vec=torch.randn(size, MODEL.vec_in_dim),
-            target=torch.randn(size, *latents),
-            weight=None,
-        )
-        for _ in range(p.micro_batches)
+        inputs(p.model, p.batch, image=image, text=text, dtype=torch.float32) for _ in range(p.micro_batches)
     ]
     trainer.forward_backward(micro_batches)  # a pipeline's neighbours exchange shapes in the first step
     with Sent() as sent:
@@ -83,9 +118,8 @@ def one_step(folder: Path, settings: list[str]) -> tuple[dict[str, int], dict[st
     return dict(counted), traffic(p, stages, config.activation_checkpoint)
 
 
-def test_the_text_encoders_weights_are_foreseen(folder, monkeypatch):
+def test_the_text_encoders_weights_are_foreseen(folder):
     """Two ranks encode 4 local batches each, and send what the other lacks of T5 for each."""
-    monkeypatch.setitem(registry.FLAVORS, "flux-tiny", MODEL)
     config = tiny_config(folder, *flags({"shard": 2}, 4))
     with fake_world(2):
         trainer = TinyTrainer(config)
@@ -106,6 +140,9 @@ EVERY_SECOND = {**SELECTIVE, "activation_checkpoint__selective_ac_option": "2"}
 NEVER = {"parallelism__fsdp_reshard_after_forward": "never"}
 ALWAYS = {"parallelism__fsdp_reshard_after_forward": "always"}
 INTERLEAVED = {"parallelism__pipeline_parallel_schedule": "Interleaved1F1B"}
+
+
+FLUX2 = {"model__flavor": "flux2-tiny"}
 
 
 def by(method: str) -> dict[str, str]:
@@ -131,6 +168,10 @@ ROWS: list[tuple[dict[str, int], int, dict[str, str]]] = [
     *(({"cp": 2, "tp": 2}, 1, by(method)) for method in CP_METHODS),
     ({"replicate": 2, "shard": 2, "cp": 2}, 2, {}),
     ({"replicate": 2, "shard": 2, "cp": 2, "tp": 2}, 2, SELECTIVE),
+    ({"shard": 3}, 2, FLUX2 | FULL),
+    *(({"tp": 2}, 2, FLUX2 | mode) for mode in ({}, FULL, SELECTIVE, EVERY_SECOND)),
+    *(({"cp": 2, "tp": 2}, 1, FLUX2 | by(method)) for method in CP_METHODS),
+    ({"replicate": 2, "shard": 2, "cp": 2, "tp": 2}, 2, FLUX2 | SELECTIVE),
 ]
 PIPELINES: list[tuple[dict[str, int], int, dict[str, str]]] = [
     ({"pp": 2}, 2, {}),
@@ -138,6 +179,7 @@ PIPELINES: list[tuple[dict[str, int], int, dict[str, str]]] = [
     ({"pp": 2, "shard": 2}, 2, {}),
     ({"pp": 2, "shard": 2}, 3, ALWAYS),
     ({"pp": 2, "cp": 2}, 2, by("ring") | FULL),
+    ({"pp": 2, "cp": 2}, 2, FLUX2 | INTERLEAVED),
 ]
 
 
@@ -147,8 +189,7 @@ def name(row: tuple[dict[str, int], int, dict[str, str]]) -> str:
 
 
 @pytest.mark.parametrize("row", ROWS, ids=name)
-def test_every_byte_is_foreseen(row, folder, monkeypatch):
-    monkeypatch.setitem(registry.FLAVORS, "flux-tiny", MODEL)
+def test_every_byte_is_foreseen(row, folder):
     mesh, micro, more = row
     with fake_world(prod(mesh.values())):
         counted, foreseen = one_step(folder, flags(mesh, micro, **more))
