@@ -47,7 +47,7 @@ def draw_pictures(order: Order, config: JobConfig) -> None:
         ValueError, FileNotFoundError, CheckpointError: a sentence about what does not fit or is not there.
     """
     set_deterministic(config.debug.seed, config.debug.deterministic)
-    world = init_distributed(config.comm.init_timeout_seconds)
+    world = init_distributed(config.comm.init_timeout_seconds, config.comm.machine_timeout_seconds)
     mesh = build_mesh(config.parallelism, world.size, world.device.type, config.comm.init_timeout_seconds)
     peers.introduce(mesh.place(STAGES_PER_RANK[config.parallelism.pipeline_parallel_schedule]))
     group = data_group(mesh, world)

@@ -48,6 +48,7 @@ from flux_trainer.parallel.init import init_weights
 from flux_trainer.parallel.mesh import DATA, build_mesh
 from flux_trainer.parallel.stages import STAGES_PER_RANK, check_micro_batches
 from flux_trainer.runtime import peers
+from flux_trainer.runtime.agree import check_agreement
 from flux_trainer.runtime.dist import init_distributed, set_deterministic
 from flux_trainer.runtime.files import write_text
 from flux_trainer.runtime.log import logger
@@ -55,6 +56,13 @@ from flux_trainer.runtime.signals import StopFlag
 
 # Settings of [training] that decide what a draw becomes, beside seed and data.
 DRAWN_BY = ("img_size", "classifier_free_guidance_prob", "classifier_free_guidance_joint")
+
+
+# Settings in which machines may differ: names, what only the first rank writes, and each machine's workers.
+OF_A_MACHINE: dict[str, Any] = {
+    **dict.fromkeys(("job", "metrics", "profiling"), True),
+    "data": {"num_workers", "prefetch_factor"},
+}
 
 
 class Trainer(ABC):
@@ -68,9 +76,11 @@ class Trainer(ABC):
         self.config = config
         self.dump_folder = Path(config.job.dump_folder)
         set_deterministic(config.debug.seed, config.debug.deterministic)
-        self.world = init_distributed(config.comm.init_timeout_seconds)
-        self.device = self.world.device
         patience = config.comm.init_timeout_seconds
+        self.world = init_distributed(patience, config.comm.machine_timeout_seconds)
+        settings = config.model_dump(mode="json", exclude=OF_A_MACHINE)
+        check_agreement({**settings, "torch's version": torch.__version__}, self.world)
+        self.device = self.world.device
         self.mesh = build_mesh(config.parallelism, self.world.size, self.device.type, patience)
         self.world.set_timeout(patience)  # of FSDP's groups, too
         peers.introduce(self.mesh.place(STAGES_PER_RANK[config.parallelism.pipeline_parallel_schedule]))
@@ -197,6 +207,7 @@ class Trainer(ABC):
         stopped = False
         with StopFlag(self.world) as stop, self.profiler:
             while self.step < training.steps and not stopped:
+                peers.mark(self.step + 1)
                 with self.meter.data_wait():
                     batch = next(self.loader)
                 self.bad_samples.count(len(batch.draws), batch.bad_draws, batch.bad)
@@ -219,7 +230,9 @@ class Trainer(ABC):
     def train_step(self, batch: Batch) -> None:
         """One optimizer step on the global batch of which `batch` is this rank's part."""
         config = self.config
+        peers.mark()
         loss = self.forward_backward(self.micro_batches(batch))
+        peers.mark()
         grad_norm = clip_grad_norm(
             self.parameters,
             config.training.max_norm,
@@ -253,12 +266,15 @@ class Trainer(ABC):
         for index, micro_batch in enumerate(micro_batches):
             defer_all_reduce(model, is_last=index == len(micro_batches) - 1)
             loss = self.loss(model(**self.inputs(micro_batch)), micro_batch)
+            peers.mark()
             loss.backward()
+            peers.mark()
             total = total + loss.detach()
         return total
 
     def after_step(self, stopped: bool) -> None:
         """What is due between this step and the next."""
+        peers.mark()
         done = self.step == self.config.training.steps
         if done or stopped or self.step % self.config.checkpoint.interval == 0:
             self.save(wait=done or stopped)

@@ -18,6 +18,7 @@ from flux_trainer.models.registry import model_class
 from flux_trainer.parallel.apply import Parallel
 from flux_trainer.parallel.fsdp import shard
 from flux_trainer.parallel.mesh import Mesh
+from flux_trainer.runtime import peers
 
 
 class Velocity:
@@ -69,6 +70,7 @@ class Velocity:
 
         Arguments as in `arguments`.
         """
+        peers.mark()
         height, width = x_t.shape[2:]
         arguments = self.arguments(x_t, t, txt, vec, guidance)
         if self.parallel.pipeline:

@@ -347,7 +347,9 @@ class Comm(Section):
     init_timeout_seconds: PositiveInt = 300
     """Patience of collectives until the first step is done."""
     train_timeout_seconds: PositiveInt = 100
-    """Patience of collectives afterwards."""
+    """Patience of collectives afterwards; nccl's, which do not end in order, get half as much again."""
+    machine_timeout_seconds: PositiveInt = 6
+    """A machine whose watchers have not answered by TCP for so long is given up."""
 
 
 class Debug(Section):

@@ -34,6 +34,7 @@ from torch.distributed.pipelining.schedules import PipelineScheduleMulti, get_sc
 from flux_trainer.models.model import FluxModel
 from flux_trainer.parallel.cut import take
 from flux_trainer.parallel.stages import STAGES_PER_RANK
+from flux_trainer.runtime import peers
 
 Inputs = Mapping[str, Tensor | None]
 """Arguments of the model by name, without `state`; those of all ranks of a pipeline are the same."""
@@ -157,7 +158,7 @@ class Pipeline:
         like, output_like = self.shapes(self.inputs[0])
         state = tuple(s.requires_grad_() for s in like)
         number = self.numbers[local]
-        return PipelineStage(
+        return _MarkedStage(
             _Stage(lambda *state, index: self._run(local, state, index)),
             stage_index=number,
             num_stages=self.last + 1,
@@ -192,6 +193,21 @@ class Pipeline:
 
 def contiguous_copy(x: Tensor) -> Tensor:
     return x.clone(memory_format=torch.contiguous_format)
+
+
+class _MarkedStage(PipelineStage):
+    """Leaves a mark of progress when a micro-batch is through. A rank that waits for a neighbour's has by
+    then made at least as many as that one, in all schedules here."""
+
+    def forward_one_chunk(self, *args: Any, **kwargs: Any) -> Any:
+        output = super().forward_one_chunk(*args, **kwargs)
+        peers.mark()
+        return output
+
+    def backward_one_chunk(self, *args: Any, **kwargs: Any) -> Any:
+        gradients = super().backward_one_chunk(*args, **kwargs)
+        peers.mark()
+        return gradients
 
 
 class _Stage(nn.Module):

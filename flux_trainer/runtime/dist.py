@@ -71,6 +71,7 @@ class World:
 
     def sum(self, values: Sequence[float]) -> list[float]:
         """Add up each entry over all ranks, in float64 on the host."""
+        peers.mark()
         total = torch.tensor(values, dtype=torch.float64)
         with peers_alive("adding up figures"):
             dist.all_reduce(total, group=self.control)
@@ -81,30 +82,41 @@ class World:
 
         Once for the first step, which compiles and connects and so takes far longer than later ones, and once
         after it. torch has a patience of its own for groups that were made without one.
+
+        nccl's groups get half as much again: what ends their wait kills the process that waits, without a
+        word. Where a rank's host stands still, the control group's wait ends before, with an error.
         """
+        peers.mark()
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         with peers_alive("setting the timeout"):
             dist.barrier(group=self.control)
         for group in list(dist.distributed_c10d._world.pg_map):
             if group is not self.checkpoint:
-                _set_timeout(timedelta(seconds=seconds), group)
+                over_nccl = self.device.type == "cuda" and group is not self.control
+                _set_timeout(timedelta(seconds=1.5 * seconds if over_nccl else seconds), group)
+        peers.be_patient(seconds)
 
     def close(self) -> None:
-        """End the process group together; not after an error, for a peer may be gone."""
+        """End the process group together; not after an error, for a peer may be gone.
+
+        Waits as long as for a checkpoint: one rank may still hand the run's figures to a tracker.
+        """
+        peers.mark()
         with peers_alive("leaving"):
-            dist.barrier(group=self.control)  # without it, a rank that leaves early can abort the others
+            dist.barrier(group=self.checkpoint)  # without it, a rank that leaves early can abort the others
         peers.leave()
         dist.destroy_process_group()
 
 
-def init_distributed(timeout_seconds: float = 300) -> World:
+def init_distributed(timeout_seconds: float = 300, machine_timeout_seconds: int = 6) -> World:
     """Join the ranks that torchrun started, or form a world of one where it did not.
 
     A default process group that exists already is used as it is.
 
     Args:
         timeout_seconds: patience of collectives, until `World.set_timeout`.
+        machine_timeout_seconds: after which a machine whose watchers do not answer is given up.
 
     Raises:
         ValueError: more ranks were started on this machine than it has GPUs.
@@ -133,7 +145,7 @@ def init_distributed(timeout_seconds: float = 300) -> World:
             dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
     control = dist.new_group(backend="gloo", timeout=timeout)
     if size > 1:
-        _watch_peers(rank, control, timeout_seconds)
+        _watch_peers(rank, control, timeout_seconds, machine_timeout_seconds)
     return World(
         rank=rank,
         local_rank=local_rank,
@@ -144,11 +156,11 @@ def init_distributed(timeout_seconds: float = 300) -> World:
     )
 
 
-def _watch_peers(rank: int, control: dist.ProcessGroup, timeout: float) -> None:
+def _watch_peers(rank: int, control: dist.ProcessGroup, timeout: float, silence: int) -> None:
     """Start this rank's watcher, together with all others."""
     door = peers.Door()
     try:
-        peers.watch(rank, door, all_gather(door.address, control), timeout)
+        peers.watch(rank, door, all_gather(door.address, control), timeout, silence)
     except OSError as error:
         raise PeerLost(
             f"The watcher of rank {rank} cannot reach its neighbours, or they it, by TCP at ports of the "

@@ -13,6 +13,7 @@ from types import FrameType, TracebackType
 import torch
 import torch.distributed as dist
 
+from flux_trainer.runtime import peers
 from flux_trainer.runtime.dist import World, peers_alive
 from flux_trainer.runtime.log import logger
 
@@ -67,6 +68,7 @@ class StopFlag:
         """Read the maximum that was started last."""
         pending, self._pending = self._pending, None
         if pending is not None:
+            peers.mark()
             with peers_alive("asking for stop signals"):
                 pending.wait()
             self._agree(bool(self._flags.item()))

@@ -136,3 +136,49 @@ def policy() -> tuple[bool, bool, bool, str, float]:
 
 def test_deterministic_policy():
     assert run_ranks(1, policy) == [(False, True, False, ":4096:8", False)]
+
+
+def close_late() -> float:
+    """Seconds that rank 1 waits at the end for rank 0, which is slow beyond the patience of training."""
+    from flux_trainer.runtime.dist import init_distributed
+
+    world = init_distributed(30)
+    world.set_timeout(1)
+    began = time.monotonic()
+    if world.rank == 0:
+        time.sleep(3)
+    world.close()
+    return time.monotonic() - began
+
+
+@pytest.mark.distributed
+def test_the_end_waits_for_a_rank_that_hands_over_its_figures():
+    assert min(run_ranks(2, close_late)) > 2.5
+
+
+def patience_by_group() -> tuple[float, ...]:
+    """Seconds of the default group, the control group and the checkpoints', as if the device were a GPU."""
+    from dataclasses import replace
+    from unittest import mock
+
+    import torch
+
+    from flux_trainer.runtime import dist
+
+    world = replace(dist.init_distributed(30), device=torch.device("cuda"))
+    groups = {}
+    with (
+        mock.patch("torch.cuda.synchronize"),
+        mock.patch.object(dist, "_set_timeout", lambda time, group: groups.update({group: time})),
+    ):
+        world.set_timeout(10)
+    default = torch.distributed.group.WORLD
+    return tuple(
+        groups[group].total_seconds() if group in groups else 0.0
+        for group in (default, world.control, world.checkpoint)
+    )
+
+
+@pytest.mark.distributed
+def test_the_hosts_lose_patience_before_nccl_does():
+    assert run_ranks(1, patience_by_group) == [(15, 10, 0)]

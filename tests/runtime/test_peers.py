@@ -110,6 +110,34 @@ def test_a_rank_that_stands_still_is_named_and_killed(tmp_path):
         assert named(results[rank][1]) == {1}
 
 
+def wait_with_marks(folder: Path, hanging: int) -> str | None:
+    """Rank 0 waits; of the others, which notice nothing, those from `hanging` on lack its last mark."""
+    world = enter(folder)
+    peers.mark(4)
+    if world.rank < hanging:
+        peers.mark()
+    if world.rank:
+        hang_with_the_interpreter()
+    time.sleep(0.2)
+    return peers.lost()
+
+
+@pytest.mark.slow
+def test_of_the_ranks_that_do_not_notice_the_one_furthest_behind_is_named(tmp_path):
+    who = run_ranks(3, wait_with_marks, tmp_path, 2, lost={1, 2})[0]
+    assert re.match(r"Rank 2 \(place 2; machine .*\) stands still: .* in step 4; asleep, ", who)
+    assert named(who) == {2}
+    assert "This one has not noticed in 3 s" in words(tmp_path, 1)
+    assert "It is killed" in words(tmp_path, 2)
+
+
+@pytest.mark.slow
+def test_ranks_that_are_equally_far_are_all_named_as_possible(tmp_path):
+    who = run_ranks(3, wait_with_marks, tmp_path, 1, lost={1, 2})[0]
+    assert who.startswith("One of 2 ranks holds up all others; they are equally far (in step 4)")
+    assert named(who) == {1, 2}
+
+
 def fail(folder: Path) -> str | None:
     world = enter(folder)
     if world.rank == 1:

@@ -7,6 +7,7 @@ import os
 import re
 import signal
 import socket
+import threading
 import time
 from datetime import timedelta
 
@@ -126,7 +127,7 @@ class Ending(TinyTrainer):
             os.kill(os.getpid(), signal.SIGKILL if self.how == "killed" else signal.SIGSTOP)
 
 
-def train_until_end(folder, how, *flags) -> None:
+def train_until_end(folder, how, kind, *flags) -> None:
     """Standard error and exit status go to files."""
     from unittest import mock
 
@@ -148,15 +149,15 @@ def train_until_end(folder, how, *flags) -> None:
     init_logger(int(rank))
     Ending.how = how
     flags = ("--checkpoint.enable", "--checkpoint.interval=100", *flags)
-    with mock.patch("flux_trainer.flux.FluxTrainer", Ending):
+    with mock.patch("flux_trainer.flux.FluxTrainer", globals()[kind]):
         status = train.train(tiny_config(folder, *flags))
     (folder / f"status{rank}").write_text(str(status))
 
 
-def run_until_end(folder, ranks, how, *flags) -> tuple[float, list[str]]:
+def run_until_end(folder, ranks, how, *flags, kind=Ending) -> tuple[float, list[str]]:
     """Seconds from rank 1's grief to the end of all ranks, and what each has said."""
     write_assets(folder)
-    run_ranks(ranks, train_until_end, folder, how, *flags, lost=range(ranks), timeout=60)
+    run_ranks(ranks, train_until_end, folder, how, kind.__name__, *flags, lost=range(ranks), timeout=60)
     seconds = time.time() - (folder / "run/end").stat().st_mtime
     return seconds, [(folder / f"words{rank}").read_text() for rank in range(ranks)]
 
@@ -226,6 +227,48 @@ def test_a_rank_that_stands_still_is_named_and_ends_all_after_the_timeout(tmp_pa
     assert set(re.findall(r"Rank (\d+) \(", "".join(words))) == {"1"}, "nobody else is blamed"
     assert (tmp_path / "status0").read_text() == "1"
     assert list((tmp_path / "run/checkpoint").iterdir()) == []
+
+
+class Slow(Ending):
+    """Beside rank 1, which is stopped, the other replica is slow: it notices 5 s later than rank 0."""
+
+    def loss(self, output, micro_batch):
+        if self.step == 2 and self.world.rank >= 2:
+            time.sleep(5)
+        return super().loss(output, micro_batch)
+
+
+class Aborting(Ending):
+    """Rank 0 is ended while it waits for rank 1, as nccl's watchdog does."""
+
+    def forward_backward(self, micro_batches):
+        if self.step == 2 and self.world.rank == 0:
+            threading.Timer(2, os.abort).start()
+        return super().forward_backward(micro_batches)
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_ranks_that_have_not_noticed_yet_are_not_taken_for_the_one_that_stands_still(tmp_path):
+    flags = [*flags_of("hsdp 2x2"), "--training.global_batch_size=8", "--comm.train_timeout_seconds=8"]
+    seconds, words = run_until_end(tmp_path, 4, "stopped", *flags, kind=Slow)
+    assert seconds < 16
+    for said in words:
+        assert "Rank 1 (dp_replicate 0, dp_shard 1; machine " in said
+        assert "stands still: its process is stopped, in step 3." in said
+    assert set(re.findall(r"Rank (\d+) \(", "".join(words))) == {"1"}, "nobody else is blamed"
+    late = [said for said in words[2:] if "This one has not noticed in 3 s, and is killed" in said]
+    assert late, "the slow replica waited for itself"
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_a_rank_that_is_ended_for_its_waiting_is_not_to_blame(tmp_path):
+    flags = [*flags_of("fsdp2"), "--comm.train_timeout_seconds=20"]
+    seconds, words = run_until_end(tmp_path, 2, "stopped", *flags, kind=Aborting)
+    assert seconds < 10
+    assert "stands still: its process is stopped, in step 3. Rank 0 died" in words[0]
+    assert set(re.findall(r"Rank (\d+) \(", "".join(words))) == {"1"}, "nobody else is blamed"
 
 
 @pytest.mark.distributed
