@@ -2,7 +2,7 @@
 
     python assets/build_flux2_autoencoder.py
 
-The 16 channels of `autoencoder/ae.safetensors` become the first 16 of FLUX.2's 32; the others are always zero,
+The 16 channels of `autoencoder/ae.safetensors` become the first 16 of 32; the others are always zero,
 and the decoder does not look at them. The 1x1 convolutions are the identity; the statistics of the
 normalisation are those of the emoji's training images. So images and their latents are the same as before,
 but for the normalisation, and FLUX.2's whole path runs on a laptop.
@@ -26,7 +26,11 @@ OUT = ASSETS / "autoencoder" / "flux2_ae"
 
 def main() -> None:
     source = load_autoencoder(ASSETS / "autoencoder" / "ae.safetensors", torch.float32)
-    sizes = {key: value for key, value in asdict(source.config).items() if key not in ("scale_factor", "shift_factor")}
+    sizes = {
+        key: value
+        for key, value in asdict(source.config).items()
+        if key not in ("scale_factor", "shift_factor")
+    }
     config = AutoEncoder2Config(**{**sizes, "z_channels": 2 * source.config.z_channels})
     model = AutoEncoder2(config)
     model.load_state_dict(wider(source.state_dict(), model.state_dict(), source.config.z_channels))
@@ -51,7 +55,9 @@ def wider(old: dict[str, Tensor], new: dict[str, Tensor], channels: int) -> dict
         weights[name] = torch.cat([each for pair in pieces for each in pair], dim)
     mean, logvar = old["encoder.conv_out.bias"].chunk(2)
     # No variance where nothing is.
-    weights["encoder.conv_out.bias"] = torch.cat((mean, torch.zeros(channels), logvar, torch.full((channels,), -30.0)))
+    weights["encoder.conv_out.bias"] = torch.cat(
+        (mean, torch.zeros(channels), logvar, torch.full((channels,), -30.0))
+    )
     for name in ("encoder.quant_conv.weight", "decoder.post_quant_conv.weight"):
         weights[name] = torch.eye(len(new[name]))[:, :, None, None]
     return weights
@@ -67,7 +73,9 @@ def images() -> Tensor:
         picture = Image.open(folder / line[key]).convert("RGBA")
         canvas = Image.new("RGBA", picture.size, "white")
         canvas.alpha_composite(picture)
-        data = torch.frombuffer(bytearray(canvas.convert("RGB").resize((64, 64)).tobytes()), dtype=torch.uint8)
+        data = torch.frombuffer(
+            bytearray(canvas.convert("RGB").resize((64, 64)).tobytes()), dtype=torch.uint8
+        )
         pictures.append(data.view(64, 64, 3).permute(2, 0, 1).float() / 127.5 - 1)
     return torch.stack(pictures)
 

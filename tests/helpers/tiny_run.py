@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from helpers.small_model import small
+from helpers.small_model import small, small2
 from safetensors.torch import save_file
 
 from flux_trainer.config.load import load_config
@@ -16,33 +16,38 @@ from flux_trainer.config.schema import JobConfig
 from flux_trainer.flux import FluxTrainer
 from flux_trainer.models import registry
 from flux_trainer.models.autoencoder import AutoEncoder, AutoEncoderConfig
+from flux_trainer.models.autoencoder2 import AutoEncoder2, AutoEncoder2Config
 from flux_trainer.models.init import Normal
 
 ROOT = Path(__file__).parent.parent.parent
 MODEL = small(vec_in_dim=16, context_in_dim=16)
+MODEL2 = small2(in_channels=128, context_in_dim=3 * 16, use_guidance_embed=False)
 
 
 def write_assets(folder: Path) -> None:
-    """Config files of two text encoders and a random autoencoder, of the smallest sizes that work."""
+    """Config files of the text encoders and random autoencoders, of the smallest sizes that work."""
     t5 = {"d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 1, "num_heads": 2}
     clip = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-    for name, sizes in (("t5", t5), ("clip", clip)):
+    qwen3 = {"hidden_size": 16, "intermediate_size": 16, "head_dim": 8}
+    for name, sizes in (("t5", t5), ("clip", clip), ("qwen3", qwen3)):
         config = json.loads((ROOT / f"assets/encoders/{name}-tiny/config.json").read_text())
         (folder / name).mkdir(parents=True, exist_ok=True)
         (folder / name / "config.json").write_text(json.dumps({**config, **sizes}))
-    shape = AutoEncoderConfig(
-        resolution=16, ch=32, ch_mult=(1, 1, 1, 1), num_res_blocks=1, scale_factor=0.5, shift_factor=0.1
-    )
     torch.manual_seed(0)
-    autoencoder = AutoEncoder(shape)
-    save_file(dict(autoencoder.state_dict()), folder / "ae.safetensors")
-    (folder / "ae.json").write_text(json.dumps(asdict(shape)))
+    sizes = {"resolution": 16, "ch": 32, "ch_mult": (1, 1, 1, 1), "num_res_blocks": 1}
+    for name, autoencoder in (
+        ("ae", AutoEncoder(AutoEncoderConfig(**sizes, scale_factor=0.5, shift_factor=0.1))),
+        ("flux2_ae", AutoEncoder2(AutoEncoder2Config(**sizes))),
+    ):
+        save_file(dict(autoencoder.state_dict()), folder / f"{name}.safetensors")
+        (folder / f"{name}.json").write_text(json.dumps(asdict(autoencoder.config)))
 
 
 def tiny_config(folder: Path, *flags: str) -> JobConfig:
     """Settings of a float64 run on synthetic 16-px images; assets and results lie in `folder`."""
-    if not (folder / "ae.json").exists():
+    if not (folder / "flux2_ae.json").exists():
         write_assets(folder)
+    autoencoder = "flux2_ae" if "--model.flavor=flux2-tiny" in flags else "ae"
     base = {
         "job.dump_folder": folder / "run",
         "model.flavor": "flux-tiny",
@@ -54,7 +59,10 @@ def tiny_config(folder: Path, *flags: str) -> JobConfig:
         "encoder.dtype": "float64",
         "encoder.autoencoder_dtype": "float64",
         "encoder.max_t5_encoding_len": 4,
-        "encoder.autoencoder_path": folder / "ae.safetensors",
+        "encoder.llm_encoder": folder / "qwen3",
+        "encoder.llm_tokenizer": ROOT / "assets/tokenizers/qwen3-tiny",
+        "encoder.max_llm_encoding_len": 24,
+        "encoder.autoencoder_path": folder / f"{autoencoder}.safetensors",
         "data.sources.0.type": "synthetic",
         "data.sources.0.size": 20,
         "data.num_workers": 0,
@@ -83,7 +91,7 @@ class TinyTrainer(FluxTrainer):
     """FluxTrainer with a small network whose every weight is random: zero gates would hide mistakes."""
 
     def __init__(self, config: JobConfig) -> None:
-        registry.FLAVORS["flux-tiny"] = MODEL
+        registry.FLAVORS.update({"flux-tiny": MODEL, "flux2-tiny": MODEL2})
         super().__init__(config)
 
     def build_model(self):

@@ -38,6 +38,10 @@ class Row:
     def ranks(self) -> int:
         return prod((self.shard, self.replicate, self.cp, self.tp, self.pp))
 
+    @property
+    def flavor(self) -> str:
+        return self.more.get("model.flavor", "flux-tiny")
+
     def flags(self) -> list[str]:
         settings = {
             "parallelism.data_parallel_shard_degree": self.shard,
@@ -53,6 +57,9 @@ class Row:
         names = ("shard", "replicate", "cp", "tp", "pp")
         degrees = [f"{name}{getattr(self, name)}" for name in names if getattr(self, name) > 1]
         return "-".join([*degrees, *(str(v) for v in self.more.values())]) or "one"
+
+
+FLUX2 = {"model.flavor": "flux2-tiny"}
 
 
 def method(name: str) -> dict[str, str]:
@@ -80,6 +87,15 @@ ROWS = [
     Row(tp=2, replicate=2),
     Row(pp=2, cp=2),
     Row(pp=2, tp=2),
+]
+FLUX2_ROWS = [
+    Row(shard=2, more=FLUX2),
+    Row(replicate=2, shard=2, more=FLUX2),
+    Row(cp=2, more=FLUX2),
+    Row(tp=2, more=FLUX2),
+    Row(pp=2, more=FLUX2),
+    Row(shard=2, cp=2, more=FLUX2),
+    Row(pp=2, cp=2, more=FLUX2),
 ]
 
 
@@ -160,26 +176,26 @@ def worst(got: dict[str, Tensor], want: dict[str, Tensor]) -> float:
 
 @pytest.fixture(scope="module")
 def single(tmp_path_factory):
-    """The runs of one process, by dtype."""
-    results: dict[str, Any] = {}
+    """The runs of one process, by dtype and flavor."""
+    results: dict[tuple[str, str], Any] = {}
 
-    def of(dtype: str) -> tuple[dict[str, Any], Path]:
-        if dtype not in results:
+    def of(dtype: str, flavor: str = "flux-tiny") -> tuple[dict[str, Any], Path]:
+        if (dtype, flavor) not in results:
             folder = tmp_path_factory.mktemp(dtype)
-            results[dtype] = (run_ranks(1, run, folder, dtype)[0], folder)
-        return results[dtype]
+            results[dtype, flavor] = (run_ranks(1, run, folder, dtype, f"--model.flavor={flavor}")[0], folder)
+        return results[dtype, flavor]
 
     return of
 
 
 def compare(row: Row, dtype: str, single, folder: Path) -> tuple[list[dict[str, Any]], dict[str, Any], Path]:
-    one, one_folder = single(dtype)
+    one, one_folder = single(dtype, row.flavor)
     return run_ranks(row.ranks, run, folder, dtype, *row.flags(), timeout=60), one, one_folder
 
 
 @pytest.mark.distributed
 @pytest.mark.mesh
-@pytest.mark.parametrize("row", ROWS, ids=str)
+@pytest.mark.parametrize("row", [*ROWS, *FLUX2_ROWS], ids=str)
 def test_float64(row, single, tmp_path):
     """Gradients, norms, parameters, validation and pictures."""
     ranks, one, one_folder = compare(row, "float64", single, tmp_path)
