@@ -19,9 +19,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from flux_trainer.config.schema import Encoder
 from flux_trainer.encoders.chat import CHATS, QWEN3, Chat
 from flux_trainer.encoders.choose import Kind
-from flux_trainer.hub.autoencoder import read_config
-from flux_trainer.models.autoencoder import AutoEncoder
-from flux_trainer.models.autoencoder2 import AutoEncoder2, AutoEncoder2Config
+from flux_trainer.hub.autoencoder import build, read_config
+from flux_trainer.models.autoencoder import AutoEncoderConfig
+from flux_trainer.models.autoencoder2 import AutoEncoder2Config
 from flux_trainer.runtime.live_bytes import LiveBytes, fill_fake
 
 T5_XXL: dict[str, Any] = {
@@ -100,11 +100,8 @@ def footprint(
     text = _flux1(section, ranks) if kind == "flux1" else _flux2(section, ranks, CHATS[kind], context_in_dim)
     dtype = getattr(torch, section.autoencoder_dtype)
     with torch.device("meta"):
-        autoencoder = (
-            AutoEncoder(read_config(section.autoencoder_path))
-            if kind == "flux1"
-            else AutoEncoder2(AutoEncoder2Config())
-        )
+        published = AutoEncoderConfig() if kind == "flux1" else AutoEncoder2Config()
+        autoencoder = build(read_config(section.autoencoder_path, published))
     with FakeTensorMode(), torch.no_grad(), LiveBytes() as live:
         fill_fake(autoencoder, dtype)
         before = live.now

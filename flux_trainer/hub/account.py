@@ -25,13 +25,14 @@ def account(path: Path, found: Shapes, expected: Shapes, origin: str) -> None:
     if missing and not unknown and not misshapen and all("guidance" in name for name in missing):
         raise WeightsError(
             f"{path} has no guidance embedding ({', '.join(grouped(missing))}), and the model has one "
-            "(FLUX.1-dev's): these weights are FLUX.1-schnell's kind, such as torchtitan writes. Choose a "
-            "flavor without it, such as flux-schnell, or weights that have it."
+            "(as FLUX.1-dev and FLUX.2 dev): these weights are of the kind of FLUX.1-schnell or FLUX.2 klein, "
+            "or torchtitan wrote them. Choose a flavor without it, such as flux-schnell or flux2-klein-4b, or "
+            "weights that have it."
         )
     if unknown and not missing and not misshapen and all("guidance" in name for name in unknown):
         raise WeightsError(
-            f"{path} has a guidance embedding ({', '.join(grouped(unknown))}), as FLUX.1-dev does, and the "
-            "model has none: choose a flavor that has it, such as flux-dev."
+            f"{path} has a guidance embedding ({', '.join(grouped(unknown))}), as FLUX.1-dev and FLUX.2 dev "
+            "do, and the model has none: choose a flavor that has it, such as flux-dev or flux2-dev."
         )
     described = [f"{len(missing)} missing ({', '.join(grouped(missing))})"] if missing else []
     if unknown:

@@ -40,14 +40,15 @@ class Conversion:
     """What a model's tensors are in another layout and dtype, and their values, block by block."""
 
     def __init__(self, weights: Weights, layout: keys.Layout, dtype: torch.dtype | None) -> None:
-        """dtype: of all tensors; None: each keeps its own."""
+        """dtype: of all tensors but counters; None: each keeps its own."""
         self.weights = weights
         entries = weights.family.entries(weights.config, layout)
         self._parts = keys.sources(entries)
         self.tensors: dict[str, Stored] = {}
         """In the order of writing: as the model's parameters."""
         for name, shape in keys.shapes(entries).items():
-            self.tensors[name] = Stored(shape, dtype or self._kept_dtype(name))
+            asked = None if name in weights.family.counters else dtype
+            self.tensors[name] = Stored(shape, asked or self._kept_dtype(name))
 
     @property
     def nbytes(self) -> int:
@@ -77,11 +78,10 @@ class Conversion:
             if len(pieces) == 1 and pieces[0].untyped_storage().nbytes() == pieces[0].nbytes:
                 return cast(pieces[0], stored.dtype, name)  # no copy: it has a storage of its own
         tensor = torch.empty(stored.shape, dtype=stored.dtype)
-        row = 0
+        flat, done = tensor.view(-1), 0
         for block, _ in self.blocks(name):
-            block = block.view(-1, *stored.shape[1:])
-            tensor[row : row + len(block)] = block
-            row += len(block)
+            flat[done : done + block.numel()] = block.view(-1)
+            done += block.numel()
         return tensor
 
     def _kept_dtype(self, name: str) -> torch.dtype:
@@ -173,6 +173,8 @@ def _refuse(weights: Weights, target: Path, to: Format) -> None:
         raise WeightsError(f"{target}: the name of a file in BFL's layout must end in .safetensors.")
     if to != "bfl" and target.suffix == ".safetensors":
         raise WeightsError(f"{target}: {to} is a folder; its name cannot end in .safetensors.")
+    if to == "torchtitan" and not weights.family.in_torchtitan:
+        raise WeightsError(f"torchtitan has no {weights.family.title}. Write --to dcp, bfl or diffusers.")
     if to == "torchtitan" and (lost := [name for name in weights.entries if name.startswith("guidance_in.")]):
         raise WeightsError(
             f"torchtitan's FLUX model has no guidance embedding, so {len(lost)} tensors of these weights "

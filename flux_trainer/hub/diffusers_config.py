@@ -6,10 +6,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from flux_trainer.models.autoencoder import AutoEncoderConfig
-from flux_trainer.models.configs import Flux1Config
-
-_VERSION = "0.35.0"  # the oldest that is known to read these fields
+from flux_trainer.models.autoencoder import AutoEncoderConfig, AutoEncoderSizes
+from flux_trainer.models.autoencoder2 import PATCH, AutoEncoder2Config, LatentNorm
+from flux_trainer.models.configs import TIME_DIM, Flux1Config, Flux2Config
+from flux_trainer.models.layers import NORM_EPS
 
 
 @dataclass(frozen=True)
@@ -21,10 +21,12 @@ class Translation:
     """All fields. ValueError where diffusers' class has no room for a setting."""
     read: Callable[[Mapping[str, Any]], Any]
     """The config; KeyError where a field is missing, ValueError where one has no counterpart here."""
+    version: str
+    """Of diffusers, the oldest that is known to read these fields."""
 
     def json(self, config: Any) -> dict[str, Any]:
         """The content of `config.json`."""
-        return {"_class_name": self.class_name, "_diffusers_version": _VERSION, **self.write(config)}
+        return {"_class_name": self.class_name, "_diffusers_version": self.version, **self.write(config)}
 
 
 def _write_flux1(config: Flux1Config) -> dict[str, Any]:
@@ -53,8 +55,7 @@ def _write_flux1(config: Flux1Config) -> dict[str, Any]:
 
 def _read_flux1(values: Mapping[str, Any]) -> Flux1Config:
     # Fields that older files lack have diffusers' defaults.
-    if values.get("patch_size", 1) != 1:
-        raise ValueError(f"patch_size is {values['patch_size']}; only 1 is known")
+    _expect(values, patch_size=1)
     heads = values["num_attention_heads"]
     return Flux1Config(
         in_channels=values["in_channels"],
@@ -73,10 +74,50 @@ def _read_flux1(values: Mapping[str, Any]) -> Flux1Config:
     )
 
 
-def _write_autoencoder(config: AutoEncoderConfig) -> dict[str, Any]:
+def _write_flux2(config: Flux2Config) -> dict[str, Any]:
+    return {
+        "patch_size": 1,
+        "in_channels": config.in_channels,
+        "out_channels": None,  # as many
+        "num_layers": config.depth,
+        "num_single_layers": config.depth_single_blocks,
+        "attention_head_dim": config.head_dim,
+        "num_attention_heads": config.num_heads,
+        "joint_attention_dim": config.context_in_dim,
+        "timestep_guidance_channels": TIME_DIM,
+        "mlp_ratio": config.mlp_ratio,
+        "axes_dims_rope": list(config.axes_dim),
+        "rope_theta": config.theta,
+        "eps": NORM_EPS,
+        "guidance_embeds": config.use_guidance_embed,
+    }
+
+
+def _read_flux2(values: Mapping[str, Any]) -> Flux2Config:
+    # Fields that older files lack have diffusers' defaults, dev's values.
+    _expect(values, patch_size=1, timestep_guidance_channels=TIME_DIM, eps=NORM_EPS)
+    if values.get("out_channels") not in (None, values["in_channels"]):
+        raise ValueError(f"out_channels is {values['out_channels']}; only that of in_channels is known")
+    heads = values["num_attention_heads"]
+    return Flux2Config(
+        in_channels=values["in_channels"],
+        context_in_dim=values["joint_attention_dim"],
+        hidden_size=heads * values["attention_head_dim"],
+        num_heads=heads,
+        depth=values["num_layers"],
+        depth_single_blocks=values["num_single_layers"],
+        axes_dim=tuple(values.get("axes_dims_rope", (32, 32, 32, 32))),
+        theta=values.get("rope_theta", 2000),
+        mlp_ratio=values.get("mlp_ratio", 3.0),
+        use_guidance_embed=values.get("guidance_embeds", True),
+    )
+
+
+def _write_sizes(config: AutoEncoderSizes, class_name: str) -> dict[str, Any]:
+    """What both autoencoders have."""
     if config.ch_mult[0] != 1:
         raise ValueError(
-            f"diffusers' AutoencoderKL cannot hold an autoencoder with ch_mult = {list(config.ch_mult)}: "
+            f"diffusers' {class_name} cannot hold an autoencoder with ch_mult = {list(config.ch_mult)}: "
             "its first block is as wide as its first convolution. Write --to bfl."
         )
     return {
@@ -90,6 +131,26 @@ def _write_autoencoder(config: AutoEncoderConfig) -> dict[str, Any]:
         "latent_channels": config.z_channels,
         "norm_num_groups": 32,
         "sample_size": config.resolution,
+        "mid_block_add_attention": True,
+    }
+
+
+def _read_sizes(values: Mapping[str, Any]) -> dict[str, Any]:
+    widths = values["block_out_channels"]
+    return {
+        "resolution": values.get("sample_size", 256),
+        "in_channels": values["in_channels"],
+        "ch": widths[0],
+        "out_ch": values["out_channels"],
+        "ch_mult": tuple(width // widths[0] for width in widths),
+        "num_res_blocks": values["layers_per_block"],
+        "z_channels": values["latent_channels"],
+    }
+
+
+def _write_autoencoder(config: AutoEncoderConfig) -> dict[str, Any]:
+    return {
+        **_write_sizes(config, "AutoencoderKL"),
         "scaling_factor": config.scale_factor,
         "shift_factor": config.shift_factor,
         "latents_mean": None,
@@ -97,7 +158,6 @@ def _write_autoencoder(config: AutoEncoderConfig) -> dict[str, Any]:
         "force_upcast": True,
         "use_quant_conv": False,
         "use_post_quant_conv": False,
-        "mid_block_add_attention": True,
     }
 
 
@@ -105,19 +165,40 @@ def _read_autoencoder(values: Mapping[str, Any]) -> AutoEncoderConfig:
     for name in ("use_quant_conv", "use_post_quant_conv"):
         if values.get(name, True):
             raise ValueError(f"{name} is not false: this is no autoencoder of FLUX.1")
-    widths = values["block_out_channels"]
     return AutoEncoderConfig(
-        resolution=values.get("sample_size", 256),
-        in_channels=values["in_channels"],
-        ch=widths[0],
-        out_ch=values["out_channels"],
-        ch_mult=tuple(width // widths[0] for width in widths),
-        num_res_blocks=values["layers_per_block"],
-        z_channels=values["latent_channels"],
+        **_read_sizes(values),
         scale_factor=values["scaling_factor"],
         shift_factor=values["shift_factor"],
     )
 
 
-FLUX1 = Translation("FluxTransformer2DModel", _write_flux1, _read_flux1)
-FLUX1_AE = Translation("AutoencoderKL", _write_autoencoder, _read_autoencoder)
+_FLUX2_AE = {
+    "use_quant_conv": True,
+    "use_post_quant_conv": True,
+    "batch_norm_eps": LatentNorm.EPS,
+    "patch_size": [PATCH, PATCH],
+}
+
+
+def _write_autoencoder2(config: AutoEncoder2Config) -> dict[str, Any]:
+    return {**_write_sizes(config, "AutoencoderKLFlux2"), **_FLUX2_AE, "batch_norm_momentum": 0.1}
+
+
+def _read_autoencoder2(values: Mapping[str, Any]) -> AutoEncoder2Config:
+    _expect(values, **_FLUX2_AE)
+    if values.get("decoder_block_out_channels") not in (None, values["block_out_channels"]):
+        raise ValueError("decoder_block_out_channels is not block_out_channels: a small decoder is not known")
+    return AutoEncoder2Config(**_read_sizes(values))
+
+
+def _expect(values: Mapping[str, Any], **known: Any) -> None:
+    """Raise ValueError where a field has another value than the one that is built in here."""
+    for name, value in known.items():
+        if values.get(name, value) != value:
+            raise ValueError(f"{name} is {values[name]}; only {value} is known")
+
+
+FLUX1 = Translation("FluxTransformer2DModel", _write_flux1, _read_flux1, "0.35.0")
+FLUX2 = Translation("Flux2Transformer2DModel", _write_flux2, _read_flux2, "0.37.0")
+FLUX1_AE = Translation("AutoencoderKL", _write_autoencoder, _read_autoencoder, "0.35.0")
+FLUX2_AE = Translation("AutoencoderKLFlux2", _write_autoencoder2, _read_autoencoder2, "0.37.0")

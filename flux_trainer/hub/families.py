@@ -13,8 +13,10 @@ from torch import nn
 from flux_trainer.hub import diffusers_config, infer
 from flux_trainer.models import keys, registry
 from flux_trainer.models.autoencoder import AutoEncoder, AutoEncoderConfig
-from flux_trainer.models.configs import Flux1Config
+from flux_trainer.models.autoencoder2 import AutoEncoder2, AutoEncoder2Config
+from flux_trainer.models.configs import Flux1Config, Flux2Config
 from flux_trainer.models.flux1 import Flux1Model
+from flux_trainer.models.flux2 import Flux2Model
 
 Component = Literal["transformer", "vae"]
 """diffusers' names of a pipeline's parts, and of their folders."""
@@ -40,16 +42,24 @@ class Family:
     """The config of native parameters with such shapes, as far as shapes tell it."""
     prefixes: tuple[str, ...]
     """What ComfyUI's files put before the native names; other parts of a pipeline lie beside them."""
+    in_torchtitan: bool = False
+    counters: tuple[str, ...] = ()
+    """Whole numbers without meaning for the model, called the same in all layouts: files may lack them."""
 
     def entries(self, config: Any, layout: keys.Layout) -> dict[str, keys.Entry]:
-        """Every parameter of the model that `config` describes, in `layout`."""
+        """Every tensor of the model that `config` describes, in `layout`."""
         with torch.device("meta"):
             return keys.entries(self.model(config), self.table, layout)
 
     def shapes(self, config: Any) -> dict[str, tuple[int, ...]]:
-        """Of the native parameters."""
+        """Of the native tensors."""
         with torch.device("meta"):
-            return {name: tuple(p.shape) for name, p in self.model(config).named_parameters()}
+            return {name: tuple(x.shape) for name, x in self.model(config).state_dict().items()}
+
+    @property
+    def fields_known(self) -> set[str]:
+        """Of a config."""
+        return set(self.config.__dataclass_fields__)  # type: ignore[attr-defined]
 
     def flavor(self, config: Any) -> str:
         """The name of a config; empty if it has none."""
@@ -68,6 +78,9 @@ def _flavors(family: str) -> dict[str, Any]:
     return {name: config for name, config in registry.FLAVORS.items() if config.family == family}
 
 
+_OF_TRANSFORMERS = ("model.diffusion_model.", "diffusion_model.")
+_OF_AUTOENCODERS = ("vae.", "first_stage_model.")
+
 FLUX1 = Family(
     name="flux1",
     title="FLUX.1 transformer",
@@ -78,7 +91,20 @@ FLUX1 = Family(
     flavors=_flavors("flux1"),
     diffusers=diffusers_config.FLUX1,
     infer=partial(infer.flux1, flavors=_flavors("flux1")),
-    prefixes=("model.diffusion_model.", "diffusion_model."),
+    prefixes=_OF_TRANSFORMERS,
+    in_torchtitan=True,
+)
+FLUX2 = Family(
+    name="flux2",
+    title="FLUX.2 transformer",
+    component="transformer",
+    config=Flux2Config,
+    model=Flux2Model,
+    table=keys.FLUX2,
+    flavors=_flavors("flux2"),
+    diffusers=diffusers_config.FLUX2,
+    infer=partial(infer.flux2, flavors=_flavors("flux2")),
+    prefixes=_OF_TRANSFORMERS,
 )
 FLUX1_AE = Family(
     name="flux1-ae",
@@ -90,23 +116,39 @@ FLUX1_AE = Family(
     flavors={"flux1-ae": AutoEncoderConfig()},
     diffusers=diffusers_config.FLUX1_AE,
     infer=lambda shapes: None,
-    prefixes=("vae.", "first_stage_model."),
+    prefixes=_OF_AUTOENCODERS,
 )
-FAMILIES = (FLUX1, FLUX1_AE)
+FLUX2_AE = Family(
+    name="flux2-ae",
+    title="FLUX.2 autoencoder",
+    component="vae",
+    config=AutoEncoder2Config,
+    model=AutoEncoder2,
+    table=keys.FLUX2_AE,
+    flavors={"flux2-ae": AutoEncoder2Config()},
+    diffusers=diffusers_config.FLUX2_AE,
+    infer=lambda shapes: None,
+    prefixes=_OF_AUTOENCODERS,
+    counters=("bn.num_batches_tracked",),
+)
+FAMILIES = (FLUX1, FLUX2, FLUX1_AE, FLUX2_AE)
 
 
-def config_of(values: Mapping[str, Any]) -> Any:
+def config_of(values: Mapping[str, Any], likely: Family | None = None) -> Any:
     """The config that a JSON object describes: its fields, or those of diffusers' config.json.
+
+    Some of the fields are enough if the others have defaults. Where they are those of several families, it is
+    of the `likely` one, else of the one that has just these.
 
     Raises:
         ValueError: it describes none.
     """
-    for family in FAMILIES:
+    for family in sorted(FAMILIES, key=lambda f: (f is not likely, set(values) != f.fields_known)):
         try:
             if "_class_name" in values:
                 if values["_class_name"] == family.diffusers.class_name:
                     return family.diffusers.read(values)
-            elif set(values) <= set(family.config.__dataclass_fields__):  # type: ignore[attr-defined]
+            elif set(values) <= family.fields_known:
                 return family.parse(values)
         except (KeyError, TypeError) as error:
             raise ValueError(f"it is no config of a {family.title}: {error}") from error

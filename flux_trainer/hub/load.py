@@ -1,4 +1,4 @@
-"""Filling a model's parameters from any layout: each rank reads the rows and columns that it keeps."""
+"""Filling a model's tensors from any layout: each rank reads the rows and columns that it keeps."""
 
 from __future__ import annotations
 
@@ -66,6 +66,6 @@ def fill(weights: Weights, parameters: Mapping[str, Tensor], layouts: Layouts = 
         shape = weights.entries[name].shape
         assert shape == tuple(native_shape(parameter, layout)), f"{name}: {shape}"
         for box in boxes(parameter, layout):
-            view = box.of(local(parameter))
+            view = torch.atleast_1d(box.of(local(parameter)))
             for row, values in weights.read(name, box.offsets, box.sizes):
                 view.narrow(0, row, values.shape[0]).copy_(values)

@@ -38,8 +38,10 @@ class Source(Protocol):
     tensors: dict[str, Stored]
     metadata: dict[str, str]
     """Notes that the writer left in the file; none in most formats."""
-    bytes_read: int
-    """Of the boxes that were asked for so far."""
+
+    @property
+    def bytes_read(self) -> int:
+        """Of the boxes that were asked for so far."""
 
     def read(self, name: str, offsets: Sequence[int], sizes: Sequence[int]) -> Tensor:
         """The box of `sizes` elements from `offsets` on, on the CPU; it may share memory with the file."""
@@ -48,6 +50,27 @@ class Source(Protocol):
     def extent(self, name: str, row: int) -> Extent | None:
         """Where the rows from `row` on lie as plain bytes, one after another; None if they do not."""
         ...
+
+
+class Completed:
+    """A `Source` with scalar zeros, whole numbers, in place of counters that it lacks."""
+
+    def __init__(self, source: Source, absent: Sequence[str]) -> None:
+        self.path, self.metadata = source.path, source.metadata
+        self.tensors = {**source.tensors, **dict.fromkeys(absent, Stored((), torch.int64))}
+        self._source, self._absent = source, absent
+
+    @property
+    def bytes_read(self) -> int:
+        return self._source.bytes_read
+
+    def read(self, name: str, offsets: Sequence[int], sizes: Sequence[int]) -> Tensor:
+        if name in self._absent:
+            return torch.zeros((), dtype=torch.int64)
+        return self._source.read(name, offsets, sizes)
+
+    def extent(self, name: str, row: int) -> Extent | None:
+        return None if name in self._absent else self._source.extent(name, row)
 
 
 DTYPES: dict[str, torch.dtype] = {  # by safetensors' names

@@ -17,7 +17,7 @@ from flux_trainer.hub.detect import Place, config_beside, locate
 from flux_trainer.hub.errors import WeightsError, grouped
 from flux_trainer.hub.families import FAMILIES, Component, Family, config_of, family_of
 from flux_trainer.hub.safetensors_files import SafetensorsFiles
-from flux_trainer.hub.source import Extent, Source
+from flux_trainer.hub.source import Completed, Extent, Source
 from flux_trainer.models import keys
 
 NOTE = "flux_trainer"
@@ -50,12 +50,15 @@ class Weights:
     """The layout's name of a tensor -> the file's."""
 
     def read(self, native: str, offsets: Sequence[int], sizes: Sequence[int]) -> Iterator[tuple[int, Tensor]]:
-        """A box of a native tensor, as (first row in the box, rows); it may share memory with the file."""
-        start, count = offsets[0], sizes[0]
+        """A box of a native tensor, as (first row in the box, rows); it may share memory with the file.
+
+        A scalar comes as a row of one element.
+        """
+        start, count = (offsets[0], sizes[0]) if sizes else (0, 1)
         entry = self.entries[native]
         for run in entry.within(start, start + count):
-            there = (run.start, *offsets[1 : entry.ndim])
-            size = (run.length, *sizes[1 : entry.ndim])
+            there = (run.start, *offsets[1:])[: entry.ndim]
+            size = (run.length, *sizes[1:])[: entry.ndim]
             values = self.source.read(self.names[run.name], there, size)
             yield run.native - start, values.reshape(run.length, *sizes[1:])
 
@@ -63,13 +66,15 @@ class Weights:
         """`count` whole rows of a native tensor in order: each part, and where its bytes lie in a file."""
         entry = self.entries[native]
         for run in entry.within(start, start + count):
-            name, shape = self.names[run.name], entry.shape[1 : entry.ndim]
-            values = self.source.read(name, (run.start, *(0 for _ in shape)), (run.length, *shape))
+            name = self.names[run.name]
+            there = (run.start, *(0 for _ in entry.shape[1:]))[: entry.ndim]
+            values = self.source.read(name, there, (run.length, *entry.shape[1:])[: entry.ndim])
             yield values, self.source.extent(name, run.start)
 
     def describe(self) -> str:
         """In words: the model, its layout and its dtypes."""
-        dtypes = {str(self.source.tensors[name].dtype)[6:] for name in self.names.values()}
+        files = [file for name, file in self.names.items() if name not in self.family.counters]
+        dtypes = {str(self.source.tensors[file].dtype)[6:] for file in files}
         kind = {"bfl": "Black Forest Labs' layout", "diffusers": "diffusers' layout"}.get(
             self.layout, "torchtitan's names"
         )
@@ -113,11 +118,17 @@ def open_weights(
     candidates = (family_of(config),) if config is not None else FAMILIES
     family, layout, prefix = recognise(place, source, component, candidates)
     names = _own_names(place, source, layout, prefix)
+    if absent := [name for name in family.counters if name not in names]:
+        source, names = Completed(source, absent), {**names, **{name: name for name in absent}}
     if config is None:
         config, origin = _find_config(place, source, family, layout, names)
     entries = family.entries(config, layout)
     account(place.path, {n: source.tensors[f].shape for n, f in names.items()}, keys.shapes(entries), origin)
-    odd = [name for name, file in names.items() if not source.tensors[file].dtype.is_floating_point]
+    odd = [
+        name
+        for name, file in names.items()
+        if name not in family.counters and not source.tensors[file].dtype.is_floating_point
+    ]
     if odd:
         raise WeightsError(
             f"{place.path} holds whole numbers in {', '.join(grouped(odd))}: quantised weights, which other "
@@ -196,7 +207,7 @@ def stated_config(place: Place, source: Source, family: Family) -> tuple[Any, st
         if (beside := config_beside(place)) is not None:
             file, values = beside
             where = str(file)
-            config = config_of(values)
+            config = config_of(values, family)
             if family_of(config) is not family:
                 raise ValueError(f"it describes a {family_of(config).title}")
             return config, f"the config in {file.name}"

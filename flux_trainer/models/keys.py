@@ -44,35 +44,49 @@ def _embedder(native: str, diffusers: str) -> Table:
     return {f"{native}.in_layer": f"{diffusers}.linear_1", f"{native}.out_layer": f"{diffusers}.linear_2"}
 
 
-def _stream(native: str, norm: str, ff: str, qkv: Sequence[str], qk_norm: Sequence[str], proj: str) -> Table:
+def _stream(
+    native: str, ff: str, ff_layers: Sequence[str], qkv: Sequence[str], qk_norm: Sequence[str], proj: str
+) -> Table:
     """One of the two streams of a double block."""
     here, there = f"double_blocks.*.{native}", "transformer_blocks.*"
     return {
-        f"{here}_mod.lin": f"{there}.{norm}.linear",
         f"{here}_attn.qkv": {x: f"{there}.attn.{name}" for x, name in zip("qkv", qkv, strict=True)},
         f"{here}_attn.norm.query_norm": f"{there}.attn.{qk_norm[0]}",
         f"{here}_attn.norm.key_norm": f"{there}.attn.{qk_norm[1]}",
         f"{here}_attn.proj": f"{there}.attn.{proj}",
-        f"{here}_mlp.0": f"{there}.{ff}.net.0.proj",
-        f"{here}_mlp.2": f"{there}.{ff}.net.2",
+        f"{here}_mlp.0": f"{there}.{ff}.{ff_layers[0]}",
+        f"{here}_mlp.2": f"{there}.{ff}.{ff_layers[1]}",
+    }
+
+
+def _transformer(embed: str, ff_layers: Sequence[str]) -> Table:
+    """What all families have in common."""
+    return {
+        "img_in": "x_embedder",
+        "txt_in": "context_embedder",
+        **_embedder("time_in", f"{embed}.timestep_embedder"),
+        **_embedder("guidance_in", f"{embed}.guidance_embedder"),
+        **_stream("img", "ff", ff_layers, ("to_q", "to_k", "to_v"), ("norm_q", "norm_k"), "to_out.0"),
+        **_stream(
+            "txt",
+            "ff_context",
+            ff_layers,
+            ("add_q_proj", "add_k_proj", "add_v_proj"),
+            ("norm_added_q", "norm_added_k"),
+            "to_add_out",
+        ),
+        "single_blocks.*.norm.query_norm": "single_transformer_blocks.*.attn.norm_q",
+        "single_blocks.*.norm.key_norm": "single_transformer_blocks.*.attn.norm_k",
+        "final_layer.linear": "proj_out",
+        "final_layer.adaLN_modulation.1": Swapped("norm_out.linear"),
     }
 
 
 FLUX1: Table = {
-    "img_in": "x_embedder",
-    "txt_in": "context_embedder",
-    **_embedder("time_in", "time_text_embed.timestep_embedder"),
-    **_embedder("guidance_in", "time_text_embed.guidance_embedder"),
+    **_transformer("time_text_embed", ("net.0.proj", "net.2")),
     **_embedder("vector_in", "time_text_embed.text_embedder"),
-    **_stream("img", "norm1", "ff", ("to_q", "to_k", "to_v"), ("norm_q", "norm_k"), "to_out.0"),
-    **_stream(
-        "txt",
-        "norm1_context",
-        "ff_context",
-        ("add_q_proj", "add_k_proj", "add_v_proj"),
-        ("norm_added_q", "norm_added_k"),
-        "to_add_out",
-    ),
+    "double_blocks.*.img_mod.lin": "transformer_blocks.*.norm1.linear",
+    "double_blocks.*.txt_mod.lin": "transformer_blocks.*.norm1_context.linear",
     "single_blocks.*.modulation.lin": "single_transformer_blocks.*.norm.linear",
     "single_blocks.*.linear1": {
         "q": "single_transformer_blocks.*.attn.to_q",
@@ -81,10 +95,15 @@ FLUX1: Table = {
         "mlp": "single_transformer_blocks.*.proj_mlp",
     },
     "single_blocks.*.linear2": "single_transformer_blocks.*.proj_out",
-    "single_blocks.*.norm.query_norm": "single_transformer_blocks.*.attn.norm_q",
-    "single_blocks.*.norm.key_norm": "single_transformer_blocks.*.attn.norm_k",
-    "final_layer.linear": "proj_out",
-    "final_layer.adaLN_modulation.1": Swapped("norm_out.linear"),
+}
+
+FLUX2: Table = {
+    **_transformer("time_guidance_embed", ("linear_in", "linear_out")),
+    "double_stream_modulation_img.lin": "double_stream_modulation_img.linear",
+    "double_stream_modulation_txt.lin": "double_stream_modulation_txt.linear",
+    "single_stream_modulation.lin": "single_stream_modulation.linear",
+    "single_blocks.*.linear1": "single_transformer_blocks.*.attn.to_qkv_mlp_proj",  # fused there too
+    "single_blocks.*.linear2": "single_transformer_blocks.*.attn.to_out",
 }
 
 
@@ -119,6 +138,13 @@ FLUX1_AE: Table = {
     "decoder.up.*.upsample.conv": "decoder.up_blocks.~.upsamplers.0.conv",
 }
 
+FLUX2_AE: Table = {
+    **FLUX1_AE,
+    "encoder.quant_conv": "quant_conv",
+    "decoder.post_quant_conv": "post_quant_conv",
+    "bn": "bn",
+}
+
 
 @dataclass(frozen=True)
 class Run:
@@ -142,7 +168,7 @@ class Entry:
     ndim: int
     """Dimensions there: fewer where trailing ones are left out."""
     runs: tuple[Run, ...]
-    """In the order of the native rows, which they cover."""
+    """In the order of the native rows, which they cover. A scalar counts as one row."""
 
     def within(self, start: int, stop: int) -> Iterator[Run]:
         """The native rows from `start` to `stop`, as the runs they lie in there."""
@@ -153,14 +179,17 @@ class Entry:
 
 
 Entries = Mapping[str, Entry]
-"""By native name, all parameters of a model."""
+"""By native name, all parameters and persistent buffers of a model."""
 
 
 def entries(model: nn.Module, table: Table, layout: Layout) -> dict[str, Entry]:
-    """Every parameter of `model` in `layout`, in the model's order. The model may lie on the meta device."""
+    """Every parameter and persistent buffer of `model` in `layout`, in the order of its state dict.
+
+    The model may lie on the meta device.
+    """
     found = {}
-    for name, parameter in model.named_parameters():
-        shape, rows = tuple(parameter.shape), parameter.shape[0]
+    for name, tensor in model.state_dict().items():
+        shape, rows = tuple(tensor.shape), tensor.shape[0] if tensor.ndim else 1
         owner, _, leaf = name.rpartition(".")
         if layout == "diffusers":
             target = _target(model, table, owner)
@@ -195,7 +224,7 @@ def shapes(entries: Entries) -> dict[str, tuple[int, ...]]:
     for entry in entries.values():
         for run in entry.runs:
             before = found[run.name][0] if run.name in found else 0
-            found[run.name] = (before + run.length, *entry.shape[1 : entry.ndim])
+            found[run.name] = (before + run.length, *entry.shape[1:])[: entry.ndim]
     return found
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,14 @@ def load_case(case: str, model: Any, config: Any, file: str = "io") -> tuple[Any
     built = model(config(**json.loads((GOLDEN / case / "config.json").read_text())["bfl"]))
     built.load_state_dict(load_file(GOLDEN / case / "weights_bfl.safetensors"), strict=True)
     return built, load_file(GOLDEN / case / f"{file}.safetensors")
+
+
+def key_maps() -> dict[str, Any]:
+    """Of each published model: `native` names and shapes, and what `diffusers` makes of them."""
+    maps: dict[str, Any] = {}
+    for family in ("flux1", "flux2"):
+        maps |= json.loads(gzip.decompress((GOLDEN / f"{family}_key_maps.json.gz").read_bytes()))
+    return maps
 
 
 def gradients(case: str) -> dict[str, Tensor]:

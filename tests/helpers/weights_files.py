@@ -1,4 +1,7 @@
-"""The same small weights in every layout that others write, made without this project's converter."""
+"""The same small weights in every layout that others write, made without this project's converter.
+
+`family` says of which model, FLUX.1 or FLUX.2.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import json
 import shutil
 import warnings
 from pathlib import Path
+from typing import Literal
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -14,36 +18,42 @@ from torch import Tensor
 
 from flux_trainer.checkpoint.manager import CheckpointManager
 from flux_trainer.config.schema import Checkpoint
-from flux_trainer.models.flux1 import Flux1Config
+from flux_trainer.models.configs import Flux1Config, Flux2Config
+
+Name = Literal["flux1", "flux2"]
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 EPS = GOLDEN / "flux1_eps"
 CONFIG = Flux1Config(**json.loads((EPS / "config.json").read_text())["bfl"])
+CONFIG2 = Flux2Config(**json.loads((GOLDEN / "flux2_eps" / "config.json").read_text())["bfl"])
+CONFIGS = {"flux1": CONFIG, "flux2": CONFIG2}
 
 
-def native() -> dict[str, Tensor]:
+def native(family: Name = "flux1") -> dict[str, Tensor]:
     """The golden weights by native name."""
-    return load_file(EPS / "weights_bfl.safetensors")
+    return load_file(GOLDEN / f"{family}_eps" / "weights_bfl.safetensors")
 
 
-def bfl(folder: Path) -> Path:
-    return Path(shutil.copy(EPS / "weights_bfl.safetensors", folder / "bfl.safetensors"))
+def bfl(folder: Path, family: Name = "flux1") -> Path:
+    return Path(shutil.copy(GOLDEN / f"{family}_eps" / "weights_bfl.safetensors", folder / "bfl.safetensors"))
 
 
-def diffusers(folder: Path) -> Path:
+def diffusers(folder: Path, family: Name = "flux1") -> Path:
     """A pipeline's folder with a transformer of one file."""
     part = folder / "pipeline" / "transformer"
     part.mkdir(parents=True)
-    shutil.copy(EPS / "weights_diffusers.safetensors", part / "diffusion_pytorch_model.safetensors")
-    config = json.loads((EPS / "config.json").read_text())["diffusers"]
-    (part / "config.json").write_text(json.dumps({"_class_name": "FluxTransformer2DModel", **config}))
+    golden = GOLDEN / f"{family}_eps"
+    shutil.copy(golden / "weights_diffusers.safetensors", part / "diffusion_pytorch_model.safetensors")
+    config = json.loads((golden / "config.json").read_text())["diffusers"]
+    name = {"flux1": "FluxTransformer2DModel", "flux2": "Flux2Transformer2DModel"}[family]
+    (part / "config.json").write_text(json.dumps({"_class_name": name, **config}))
     (part.parent / "model_index.json").write_text("{}")
     return part.parent
 
 
-def sharded(folder: Path) -> Path:
+def sharded(folder: Path, family: Name = "flux1") -> Path:
     """A transformer's folder with two files and an index."""
-    part = diffusers(folder / "sharded") / "transformer"
+    part = diffusers(folder / "sharded", family) / "transformer"
     file = part / "diffusion_pytorch_model.safetensors"
     weights = load_file(file)
     file.unlink()
@@ -58,9 +68,9 @@ def sharded(folder: Path) -> Path:
     return part
 
 
-def comfy(folder: Path) -> Path:
+def comfy(folder: Path, family: Name = "flux1") -> Path:
     """All of a pipeline in one file, norms as `.weight`."""
-    weights = {f"model.diffusion_model.{torchtitan_name(name)}": x for name, x in native().items()}
+    weights = {f"model.diffusion_model.{torchtitan_name(name)}": x for name, x in native(family).items()}
     weights |= {
         "vae.encoder.conv_in.weight": torch.zeros(1),
         "text_encoders.clip_l.position_ids": torch.arange(3),
@@ -73,10 +83,10 @@ def torchtitan_name(name: str) -> str:
     return name.removesuffix(".scale") + ".weight" if name.endswith(".scale") else name
 
 
-def torchtitan(folder: Path) -> Path:
+def torchtitan(folder: Path, family: Name = "flux1") -> Path:
     """A DCP step with an optimizer and entries that are no tensors. It has this model's guidance embedding,
     which torchtitan's own does not."""
-    state = {torchtitan_name(name): x for name, x in native().items()}
+    state = {torchtitan_name(name): x for name, x in native(family).items()}
     state |= {"optimizer.state.img_in.weight.exp_avg": torch.zeros(2), "train_state": {"step": 5}}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -84,13 +94,13 @@ def torchtitan(folder: Path) -> Path:
     return folder / "titan"
 
 
-def own(folder: Path) -> Path:
+def own(folder: Path, family: Name = "flux1") -> Path:
     """The dump folder of a run with two checkpoints; the average is the negative of the weights."""
     from flux_trainer.runtime.dist import World
 
     alone = World(0, 0, 1, torch.device("cpu"), None, None)
     manager = CheckpointManager(Checkpoint(enable=True), folder / "run", alone)
-    weights = native()
+    weights = native(family)
     for step, scale in ((9, 0.0), (10, 1.0)):
         tensors = {name: x * scale for name, x in weights.items()}
         tensors |= {f"ema.{name}": -x for name, x in weights.items()} | {"guard.skipped": torch.zeros(())}

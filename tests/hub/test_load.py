@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor
 
 from flux_trainer.checkpoint.errors import CheckpointError, DamagedError
 from flux_trainer.hub import load as load_module
+from flux_trainer.hub.families import family_of
 from flux_trainer.hub.load import load_weights
 from flux_trainer.hub.weights import open_weights
 from flux_trainer.models.flux1 import Flux1Model
@@ -23,21 +24,22 @@ SCHNELL = dataclasses.replace(CONFIG, guidance_embed=False)
 
 
 def empty(config=CONFIG, dtype=torch.float32):
-    model = Flux1Model(config).to(dtype)
+    model = family_of(config).model(config).to(dtype)
     return {name: p.detach().fill_(float("nan")) for name, p in model.named_parameters()}
 
 
+@pytest.mark.parametrize("family", weights_files.CONFIGS)
 @pytest.mark.parametrize("layout", weights_files.ALL)
-def test_every_layout_gives_the_same_weights(layout, tmp_path):
-    path = weights_files.ALL[layout](tmp_path)
-    got = empty()
-    what = load_weights(path, got, config=CONFIG)
-    assert "FLUX.1 transformer" in what
-    for name, x in weights_files.native().items():
+def test_every_layout_gives_the_same_weights(layout, family, tmp_path):
+    path, config = weights_files.ALL[layout](tmp_path, family), weights_files.CONFIGS[family]
+    got = empty(config)
+    what = load_weights(path, got, config=config)
+    assert f"FLUX.{family[-1]} transformer" in what
+    for name, x in weights_files.native(family).items():
         assert torch.equal(got[name], x), name
-    low = empty(dtype=torch.bfloat16)
-    load_weights(path, low, config=CONFIG)
-    for name, x in weights_files.native().items():
+    low = empty(config, dtype=torch.bfloat16)
+    load_weights(path, low, config=config)
+    for name, x in weights_files.native(family).items():
         assert torch.equal(low[name], x.bfloat16()), name
 
 
@@ -154,6 +156,11 @@ def test_everything_that_differs_is_named(tmp_path):
         "2 misshapen (single_blocks.0-1.linear2.bias [3] instead of [16])",
     ):
         assert part in str(error.value)
+
+
+def test_another_family_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"FLUX\.2 transformer|does not fit the model: .* missing"):
+        load_weights(weights_files.bfl(tmp_path, "flux1"), empty(weights_files.CONFIG2), config=weights_files.CONFIG2)
 
 
 def test_quantised_weights_are_refused(tmp_path):

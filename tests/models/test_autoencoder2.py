@@ -1,14 +1,12 @@
 """FLUX.2's autoencoder against diffusers' with the same weights (in float64), and the names of BFL's file."""
 
-import json
-from pathlib import Path
-
 import pytest
 import torch
+from helpers import golden
 
 from flux_trainer.models.autoencoder2 import AutoEncoder2, AutoEncoder2Config
 
-KEYS = json.loads((Path(__file__).parents[1] / "golden" / "flux2_ae_keys.json").read_text())
+NAMES = golden.key_maps()["flux2-ae"]
 SMALL = AutoEncoder2Config(ch=32, z_channels=4)
 TOLERANCE = {"atol": 1e-9, "rtol": 1e-9}
 
@@ -33,11 +31,11 @@ def vae(model):
 
     vae = AutoencoderKLFlux2(block_out_channels=(32, 64, 128, 128), latent_channels=4).double().eval()
     shapes = {name: tensor.shape for name, tensor in vae.state_dict().items()}
-    weights = {}
-    for name, tensor in model.state_dict().items():
-        module, _, leaf = name.rpartition(".")
-        theirs = f"{KEYS[module]['diffusers']}.{leaf}"
-        weights[theirs] = tensor.reshape(shapes[theirs])  # attention: Linear instead of 1x1 convolutions
+    ours = model.state_dict()
+    weights = {
+        theirs: ours[record.get("bfl", theirs)].reshape(shapes[theirs])  # attention: Linear, no convolutions
+        for theirs, record in NAMES["diffusers"].items()
+    }
     vae.load_state_dict(weights, strict=True)
     return vae
 
@@ -60,13 +58,7 @@ def image() -> torch.Tensor:
 def test_published_names_and_shapes():
     with torch.device("meta"):
         state = AutoEncoder2(AutoEncoder2Config()).state_dict()
-    expected = {
-        f"{module}.{leaf}": shape
-        for module, leaves in KEYS.items()
-        for leaf, shape in leaves.items()
-        if leaf != "diffusers"
-    }
-    assert {name: list(tensor.shape) for name, tensor in state.items()} == expected
+    assert {name: list(tensor.shape) for name, tensor in state.items()} == NAMES["native"]
     config = AutoEncoder2Config()
     assert (config.downsampling, config.latent_channels) == (16, 128)
 
