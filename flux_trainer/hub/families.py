@@ -63,7 +63,8 @@ class Family:
 
     def flavor(self, config: Any) -> str:
         """The name of a config; empty if it has none."""
-        return next((name for name, known in self.flavors.items() if known == config), "")
+        named = (*registry.FLAVORS.items(), *self.flavors.items())
+        return next((name for name, known in named if known == config), "")
 
     def parse(self, values: Mapping[str, Any]) -> Any:
         """The config whose fields are `values`; ValueError or TypeError if they are not those of a config."""
