@@ -25,8 +25,8 @@ def account(path: Path, found: Shapes, expected: Shapes, origin: str) -> None:
     if missing and not unknown and not misshapen and all("guidance" in name for name in missing):
         raise WeightsError(
             f"{path} has no guidance embedding ({', '.join(grouped(missing))}), and the model has one "
-            "(as FLUX.1-dev and FLUX.2 dev): these weights are of the kind of FLUX.1-schnell or FLUX.2 klein, "
-            "or torchtitan wrote them. Choose a flavor without it, such as flux-schnell or flux2-klein-4b, or "
+            "(as FLUX.1-dev and FLUX.2 dev): these weights are of the kind of FLUX.1-schnell, FLUX.2 klein "
+            "or torchtitan's FLUX. Choose a flavor without it, such as flux-schnell or flux2-klein-4b, or "
             "weights that have it."
         )
     if unknown and not missing and not misshapen and all("guidance" in name for name in unknown):

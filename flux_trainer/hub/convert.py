@@ -76,7 +76,8 @@ class Conversion:
             ((native, run),) = self._parts[name]
             pieces = [values for values, _ in self.weights.rows(native, run.native, run.length)]
             if len(pieces) == 1 and pieces[0].untyped_storage().nbytes() == pieces[0].nbytes:
-                return cast(pieces[0], stored.dtype, name)  # no copy: it has a storage of its own
+                # No copy: it has a storage of its own.
+                return cast(pieces[0], stored.dtype, name).view(stored.shape)
         tensor = torch.empty(stored.shape, dtype=stored.dtype)
         flat, done = tensor.view(-1), 0
         for block, _ in self.blocks(name):

@@ -117,6 +117,9 @@ def open_weights(
         raise WeightsError(f"{place.path} has no moving average of the weights.")
     candidates = (family_of(config),) if config is not None else FAMILIES
     family, layout, prefix = recognise(place, source, component, candidates)
+    alike = [other for other in FAMILIES if other.component == family.component]
+    if (other := recognise(place, source, component, alike)[0]) is not family:
+        raise WeightsError(f"{place.path} holds a {other.title}, but {origin} is a {family.title}.")
     names = _own_names(place, source, layout, prefix)
     if absent := [name for name in family.counters if name not in names]:
         source, names = Completed(source, absent), {**names, **{name: name for name in absent}}

@@ -1,33 +1,37 @@
 """Conversion: byte-equal round trips through every format, models that diffusers opens, and refusals."""
 
 import dataclasses
-import gzip
 import json
+import os
 import zlib
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import weights_files
+from helpers import golden, weights_files
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from flux_trainer.checkpoint.load import verify as verify_checkpoint
 from flux_trainer.hub import convert as convert_module
 from flux_trainer.hub import write
-from flux_trainer.hub.autoencoder import load_autoencoder
+from flux_trainer.hub.autoencoder import build, load_autoencoder, read_config
 from flux_trainer.hub.convert import convert
 from flux_trainer.hub.families import family_of
 from flux_trainer.hub.load import load_weights
 from flux_trainer.hub.safetensors_files import read_header
 from flux_trainer.hub.weights import open_weights
-from flux_trainer.models.autoencoder import AutoEncoder, AutoEncoderConfig
-from flux_trainer.models.flux1 import Flux1Model
+from flux_trainer.models.autoencoder import AutoEncoderConfig
+from flux_trainer.models.autoencoder2 import AutoEncoder2Config
+from flux_trainer.models.configs import Flux2Config
 from flux_trainer.models.registry import FLAVORS
 
 GOLDEN = weights_files.GOLDEN
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-NARROW = {"vec_in_dim": 4, "context_in_dim": 4, "hidden_size": 8, "num_heads": 1, "axes_dim": (2, 2, 4)}
+NARROW = {
+    "flux1": {"vec_in_dim": 4, "context_in_dim": 4, "hidden_size": 8, "num_heads": 1, "axes_dim": (2, 2, 4)},
+    "flux2": {"context_in_dim": 4, "hidden_size": 8, "num_heads": 1, "axes_dim": (2, 2, 2, 2)},
+}
 
 
 def go(source, target, to, dtype=None, config=None, **options):
@@ -39,45 +43,80 @@ def same_files(left: Path, right: Path) -> bool:
     """Whether two safetensors files hold the same bytes under the same names."""
     a, b = load_file(left), load_file(right)
     return a.keys() == b.keys() and all(
-        a[n].dtype == b[n].dtype and torch.equal(a[n].view(torch.uint8), b[n].view(torch.uint8)) for n in a
+        (a[n].dtype, a[n].shape) == (b[n].dtype, b[n].shape)
+        and torch.equal(a[n].reshape(-1).view(torch.uint8), b[n].reshape(-1).view(torch.uint8))
+        for n in a
     )
 
 
 def random_file(config, path: Path, dtype) -> Path:
     """A BFL file of a model with random weights, written by the safetensors library."""
-    generator = torch.Generator().manual_seed(0)
-    shapes = family_of(config).shapes(config)
-    weights = {name: torch.randn(shape, generator=generator).to(dtype) for name, shape in shapes.items()}
-    save_file(weights, path)
+    save_file(random_weights(config, dtype), path)
     return path
+
+
+def random_weights(config, dtype=torch.float32) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    family = family_of(config)
+    shapes = family.shapes(config)
+    weights = {
+        name: (0.1 * torch.randn(shape, generator=generator)).to(dtype) for name, shape in shapes.items()
+    }
+    weights |= {name: torch.tensor(41) for name in family.counters}
+    weights |= {name: x.abs() + 0.1 for name, x in weights.items() if name.endswith("running_var")}
+    return weights
 
 
 @pytest.mark.parametrize(
     ("flavor", "dtype"),
-    [("flux-dev", "bf16"), ("flux-schnell", "fp16"), ("flux-debug", "fp32"), ("flux-tiny", "bf16")],
+    [
+        ("flux-dev", "bf16"),
+        ("flux-schnell", "fp16"),
+        ("flux-debug", "fp32"),
+        ("flux-tiny", "bf16"),
+        ("flux2-dev", "bf16"),
+        ("flux2-klein-4b", "fp16"),
+        ("flux2-klein-9b", "fp32"),
+        ("flux2-debug", "fp32"),
+        ("flux2-tiny", "bf16"),
+        ("flux2-ae", "bf16"),
+    ],
 )
 def test_every_tensor_of_every_flavor_comes_back(flavor, dtype, tmp_path):
     """Real names and depths, narrow tensors."""
-    config = dataclasses.replace(FLAVORS[flavor], **NARROW)
+    config = AutoEncoder2Config(ch=32, z_channels=2)
+    if flavor in FLAVORS:
+        config = dataclasses.replace(FLAVORS[flavor], **NARROW[FLAVORS[flavor].family])
     source = random_file(config, tmp_path / "a.safetensors", DTYPES[dtype])
     go(source, tmp_path / "b", "diffusers", config=config)
     go(tmp_path / "b", tmp_path / "c", "dcp", config=config)
     go(tmp_path / "c", tmp_path / "d.safetensors", "bfl")
     assert same_files(source, tmp_path / "d.safetensors")
-    maps = json.loads(gzip.decompress((GOLDEN / "flux1_key_maps.json.gz").read_bytes()))
-    if flavor in ("flux-dev", "flux-schnell"):
-        names = maps[flavor.replace("flux", "flux1")]
+    if names := golden.key_maps().get(flavor.replace("flux-", "flux1-")):
         assert load_file(source).keys() == names["native"].keys()
         with safe_open(next((tmp_path / "b").glob("*.safetensors")), "pt") as file:
             assert set(file.keys()) == names["diffusers"].keys()
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_every_pair_of_formats(dtype, tmp_path):
-    config = dataclasses.replace(weights_files.CONFIG, guidance_embed=False)
+SCHNELL = dataclasses.replace(weights_files.CONFIG, guidance_embed=False)
+SMALL = {"ch": 32, "ch_mult": (1, 2), "num_res_blocks": 1, "z_channels": 2}
+SMALL_AE, SMALL_AE2 = AutoEncoderConfig(**SMALL), AutoEncoder2Config(**SMALL)
+
+
+@pytest.mark.parametrize(
+    ("config", "dtype"),
+    [
+        *((SCHNELL, dtype) for dtype in DTYPES),
+        *((config, "bf16") for config in (weights_files.CONFIG2, SMALL_AE, SMALL_AE2)),
+    ],
+    ids=lambda x: x if isinstance(x, str) else family_of(x).name,
+)
+def test_every_pair_of_formats(config, dtype, tmp_path):
     source = random_file(config, tmp_path / "a.safetensors", DTYPES[dtype])
-    formats = {"bfl": "a.safetensors", "diffusers": "diffusers", "dcp": "dcp", "torchtitan": "titan"}
-    for to in ("diffusers", "dcp", "torchtitan"):
+    formats = {"bfl": "a.safetensors", "diffusers": "diffusers", "dcp": "dcp"}
+    if config is SCHNELL:
+        formats["torchtitan"] = "titan"
+    for to in list(formats)[1:]:
         go(source, tmp_path / formats[to], to, config=config)
     for first, place in formats.items():
         for second in formats:
@@ -87,27 +126,36 @@ def test_every_pair_of_formats(dtype, tmp_path):
             assert same_files(source, back), (first, second)
 
 
-def test_diffusers_own_conversion_gives_the_same_bytes(tmp_path):
-    reference = weights_files.EPS / "weights_diffusers.safetensors"
-    target = go(weights_files.bfl(tmp_path), tmp_path / "out", "diffusers", config=weights_files.CONFIG)
-    assert same_files(reference, target / "diffusion_pytorch_model.safetensors")
-    back = go(weights_files.diffusers(tmp_path), tmp_path / "back.safetensors", "bfl")
-    assert same_files(weights_files.EPS / "weights_bfl.safetensors", back)
+@pytest.mark.parametrize("family", weights_files.CONFIGS)
+def test_diffusers_own_conversion_gives_the_same_bytes(family, tmp_path):
+    folder, config = GOLDEN / f"{family}_eps", weights_files.CONFIGS[family]
+    target = go(weights_files.bfl(tmp_path, family), tmp_path / "out", "diffusers", config=config)
+    written = target / "diffusion_pytorch_model.safetensors"
+    assert same_files(folder / "weights_diffusers.safetensors", written)
+    back = go(weights_files.diffusers(tmp_path, family), tmp_path / "back.safetensors", "bfl")
+    assert same_files(folder / "weights_bfl.safetensors", back)
+
+
+def opened(target, config):
+    """What diffusers and this project make of a folder in diffusers' layout."""
+    import diffusers
+
+    name = json.loads((target / "config.json").read_text())["_class_name"]
+    theirs, info = getattr(diffusers, name).from_pretrained(target, output_loading_info=True)
+    assert not any(info.values()), info
+    ours = family_of(config).model(config)
+    load_weights(target, {n: p.detach() for n, p in ours.named_parameters()}, config=config)
+    return theirs, ours
 
 
 @pytest.mark.parametrize("shard", [10**9, 200_000])
 @torch.no_grad()
 def test_diffusers_opens_it_and_computes_the_same(shard, tmp_path):
-    from diffusers import FluxTransformer2DModel
-
     folder = GOLDEN / "flux1_A"
     config = family_of(weights_files.CONFIG).config(**json.loads((folder / "config.json").read_text())["bfl"])
     target = go(folder / "weights_bfl.safetensors", tmp_path / "out", "diffusers", config=config, shard=shard)
     assert (target / "diffusion_pytorch_model.safetensors.index.json").exists() == (shard < 10**6)
-    theirs, info = FluxTransformer2DModel.from_pretrained(target, output_loading_info=True)
-    assert not any(info.values()), info
-    ours = Flux1Model(config)
-    load_weights(target, {n: p.detach() for n, p in ours.named_parameters()}, config=config)
+    theirs, ours = opened(target, config)
     io = load_file(folder / "io.safetensors")
     names = ("img", "img_ids", "txt", "txt_ids", "timesteps", "y", "guidance")
     mine = ours(**{name: io[f"in.{name}"] for name in names})
@@ -124,6 +172,40 @@ def test_diffusers_opens_it_and_computes_the_same(shard, tmp_path):
     torch.testing.assert_close(mine, io["out"], atol=2e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("guided", [True, False])
+@torch.no_grad()
+def test_diffusers_opens_flux2_and_computes_the_same(guided, tmp_path):
+    """dev's kind, and klein's."""
+    folder = GOLDEN / "flux2_C"
+    config = Flux2Config(**json.loads((folder / "config.json").read_text())["bfl"])
+    config = dataclasses.replace(config, use_guidance_embed=guided)
+    weights = load_file(folder / "weights_bfl.safetensors")
+    save_file({n: x for n, x in weights.items() if guided or "guidance" not in n}, tmp_path / "a.safetensors")
+    target = go(tmp_path / "a.safetensors", tmp_path / "out", "diffusers", config=config)
+    theirs, ours = opened(target, config)
+    io = load_file(folder / "io.safetensors")
+    given = {name: io[f"in.{name}"] for name in ("img", "img_ids", "timesteps", "txt", "txt_ids", "guidance")}
+    mine = ours(
+        x=given["img"],
+        x_ids=given["img_ids"],
+        timesteps=given["timesteps"],
+        ctx=given["txt"],
+        ctx_ids=given["txt_ids"],
+        guidance=given["guidance"] if guided else None,
+    )
+    out = theirs(
+        hidden_states=given["img"],
+        encoder_hidden_states=given["txt"],
+        timestep=given["timesteps"],
+        img_ids=given["img_ids"],
+        txt_ids=given["txt_ids"],
+        guidance=given["guidance"] if guided else None,
+    ).sample
+    assert (out - mine).abs().max() < 1e-5
+    if guided:
+        torch.testing.assert_close(mine, io["out"], atol=2e-5, rtol=1e-5)
+
+
 @torch.no_grad()
 def test_the_autoencoder_too(tmp_path):
     from diffusers import AutoencoderKL
@@ -134,7 +216,7 @@ def test_the_autoencoder_too(tmp_path):
     theirs, info = AutoencoderKL.from_pretrained(target, output_loading_info=True)
     assert not any(info.values()), info
     assert theirs.config.scaling_factor == config.scale_factor
-    ours = AutoEncoder(config)
+    ours = build(config)
     ours.load_state_dict(load_file(folder / "weights_bfl.safetensors"))
     io = load_file(folder / "io.safetensors")
     mean, _ = ours.moments(io["in.image"])
@@ -150,6 +232,78 @@ def test_the_autoencoder_too(tmp_path):
         loaded = load_autoencoder(place)
         assert loaded.config == config
         assert all(torch.equal(x, ours.state_dict()[name]) for name, x in loaded.state_dict().items())
+
+
+@torch.no_grad()
+def test_flux2s_autoencoder_too(tmp_path):
+    """With its statistics, and a count that no dtype is chosen for and diffusers' own files may lack."""
+    from diffusers import AutoencoderKLFlux2
+
+    weights = random_weights(SMALL_AE2)
+    save_file(weights, tmp_path / "ae.safetensors")
+    (tmp_path / "ae.json").write_text(json.dumps(dataclasses.asdict(SMALL_AE2)))
+    target = go(tmp_path / "ae.safetensors", tmp_path / "pipeline" / "vae", "diffusers")
+    theirs, info = AutoencoderKLFlux2.from_pretrained(target, output_loading_info=True)
+    assert not any(info.values()), info
+    (tmp_path / "pipeline" / "model_index.json").write_text("{}")
+    back = go(target, tmp_path / "back.safetensors", "bfl")
+    assert same_files(tmp_path / "ae.safetensors", back)
+    for place in (tmp_path / "ae.safetensors", tmp_path / "pipeline", target, back):
+        ours = load_autoencoder(place)
+        assert ours.config == SMALL_AE2
+        state = ours.state_dict()
+        assert state.keys() == weights.keys()
+        assert all(x.dtype == state[n].dtype and torch.equal(x, state[n]) for n, x in weights.items())
+    image = 2 * torch.rand(1, 3, 16, 24, generator=torch.Generator().manual_seed(0)) - 1
+    z = torch.randn(1, 2, 8, 12, generator=torch.Generator().manual_seed(1))
+    mean = torch.nn.functional.pixel_unshuffle(theirs.encode(image).latent_dist.mean, 2)
+    assert (theirs.bn.eval()(mean) - ours.encode(image)).abs().max() < 1e-5
+    latents = theirs.bn(torch.nn.functional.pixel_unshuffle(z, 2))
+    assert (theirs.decode(z).sample - ours.decode(latents)).abs().max() < 1e-5
+
+    low = go(target, tmp_path / "low.safetensors", "bfl", torch.bfloat16)
+    held = load_file(low)
+    assert held.pop("bn.num_batches_tracked") == 41
+    assert {x.dtype for x in held.values()} == {torch.bfloat16}
+    assert load_autoencoder(low, torch.float32).bn.num_batches_tracked == 41
+    assert "bfloat16" in (said := open_weights(low, "vae").describe())
+    assert "int64" not in said
+
+    file = target / "diffusion_pytorch_model.safetensors"
+    without = load_file(file)
+    del without["bn.num_batches_tracked"]
+    save_file(without, file)
+    assert load_autoencoder(target).bn.num_batches_tracked == 0
+    assert torch.equal(load_autoencoder(target).bn.running_var, weights["bn.running_var"])
+    again = load_file(go(target, tmp_path / "again.safetensors", "bfl"))
+    zero = again["bn.num_batches_tracked"]
+    assert (zero.dtype, zero.shape, zero.item()) == (torch.int64, (), 0)
+    assert torch.equal(load_file(target_of_dcp(again, tmp_path))["bn.num_batches_tracked"], zero)
+
+
+def target_of_dcp(weights, folder):
+    """The weights through a checkpoint."""
+    save_file(weights, folder / "x.safetensors")
+    go(folder / "x.safetensors", folder / "step-0", "dcp", torch.bfloat16, SMALL_AE2)
+    return go(folder / "step-0", folder / "y.safetensors", "bfl")
+
+
+@pytest.mark.parametrize("name", ["flux1-ae", "flux2-ae"])
+def test_published_autoencoders_are_told_by_their_names(name, tmp_path):
+    """Files of the published sizes, without any config, and without content."""
+    shapes, place, end = golden.key_maps()[name]["native"], {}, 0
+    shapes = {n: shape for n, shape in shapes.items() if n != "bn.num_batches_tracked"}
+    for key, shape in shapes.items():
+        size = 4 * torch.Size(shape).numel()
+        place[key] = {"dtype": "F32", "shape": shape, "data_offsets": [end, end + size]}
+        end += size
+    header, path = json.dumps(place).encode(), tmp_path / "ae.safetensors"
+    path.write_bytes(len(header).to_bytes(8, "little") + header)
+    os.truncate(path, 8 + len(header) + end)
+    published = AutoEncoderConfig() if name == "flux1-ae" else AutoEncoder2Config()
+    assert read_config(path, None) == published
+    assert open_weights(path, "vae").config == published
+    assert read_config(tmp_path / "nothing", published) is published
 
 
 def test_the_checkpoint_it_writes_starts_a_run(tmp_path):
@@ -205,10 +359,13 @@ def test_published_shapes_tell_the_model():
     for config in FLAVORS.values():
         family = family_of(config)
         assert family.infer(family.shapes(config)) == config
-    other = dataclasses.replace(FLAVORS["flux-dev"], depth=3, in_channels=384)
-    assert family.infer(family.shapes(other)) == other
-    unknown = dataclasses.replace(FLAVORS["flux-tiny"], depth=2)
-    assert family.infer(family.shapes(unknown)) is None
+    for dev, tiny in (("flux-dev", "flux-tiny"), ("flux2-dev", "flux2-tiny")):
+        family = family_of(FLAVORS[dev])
+        for depth in (0, 3):
+            other = dataclasses.replace(FLAVORS[dev], depth=depth, depth_single_blocks=3, in_channels=384)
+            assert family.infer(family.shapes(other)) == other
+        unknown = dataclasses.replace(FLAVORS[tiny], depth=2)
+        assert family.infer(family.shapes(unknown)) is None
 
 
 def test_refusals(tmp_path):
@@ -216,6 +373,8 @@ def test_refusals(tmp_path):
     config = weights_files.CONFIG
     with pytest.raises(ValueError, match="no guidance embedding, so 4 tensors"):
         go(source, tmp_path / "x", "torchtitan", config=config)
+    with pytest.raises(ValueError, match=r"torchtitan has no FLUX\.2 transformer"):
+        go(weights_files.diffusers(tmp_path, "flux2"), tmp_path / "x", "torchtitan")
     with pytest.raises(ValueError, match=r"must end in \.safetensors"):
         go(source, tmp_path / "x", "bfl", config=config)
     with pytest.raises(ValueError, match="is a folder"):
