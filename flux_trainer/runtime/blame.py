@@ -7,7 +7,7 @@ ranks, from strong to weak:
     1. A process that is stopped; a rank that failed with an error of its own; a machine that is gone; a
        process that died while its rank made progress. (One that died after a long wait may have been ended
        for its waiting, as torch's watchdog of nccl does.)
-    2. A watcher that does not answer: its whole machine or container may stand still.
+    2. A watcher that does not answer: its whole machine or container may stand still, or be cut off.
     3. Of the ranks that have not given up waiting, those furthest behind when the alarm was raised; of those,
        the ones that did not give up later either, if there are any.
 
@@ -79,10 +79,12 @@ def blame(reports: Mapping[int, Report], size: int) -> dict[int, str]:
     if found := evident(reports):
         return found
     if silent := [rank for rank in range(size) if rank not in reports]:
-        return {
-            rank: f"Rank {rank} stands still, and its watcher with it: perhaps its machine or container."
-            for rank in silent
-        }
+        ranks = _list((f"rank {rank}" for rank in silent), ", ")
+        sentence = (
+            f"Nothing is heard from the watchers of {ranks}: their machines or containers stand still, or are "
+            "cut off from this one."
+        )
+        return dict.fromkeys(silent, sentence)
     known = reports.values()
     pool = [r for r in known if r.end != "waited" or r.late] or list(known)
     last = min((r.step, r.count) for r in pool)

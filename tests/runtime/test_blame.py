@@ -60,10 +60,10 @@ def test_the_verdict(case):
         assert (f"Rank {rank} (machine m)" in text(verdict)) == (rank in culprits)
 
 
-def test_a_watcher_that_does_not_answer_stands_still_with_its_rank():
-    verdict = blame(reports(WAITED, BEHIND), 3)
-    assert list(verdict) == [2]
-    assert verdict[2].startswith("Rank 2 stands still, and its watcher with it")
+def test_ranks_whose_watchers_do_not_answer_come_before_those_that_are_behind():
+    verdict = blame(reports(WAITED, BEHIND), 4)
+    assert list(verdict) == [2, 3]
+    assert text(verdict).startswith("Nothing is heard from the watchers of rank 2, rank 3: ")
 
 
 def test_what_is_said():
