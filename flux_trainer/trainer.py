@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from flux_trainer.checkpoint.commit import step_folder
+from flux_trainer.checkpoint.identity import identity
 from flux_trainer.checkpoint.manager import CheckpointManager
 from flux_trainer.config.schema import JobConfig
 from flux_trainer.config.toml import to_toml
@@ -44,7 +45,7 @@ from flux_trainer.optim.schedule import lr_factor
 from flux_trainer.parallel.apply import parallelize
 from flux_trainer.parallel.arithmetic import global_batch_size, micro_batches
 from flux_trainer.parallel.fsdp import defer_all_reduce, reshard
-from flux_trainer.parallel.init import init_weights
+from flux_trainer.parallel.init import default_dtype, init_weights
 from flux_trainer.parallel.mesh import DATA, build_mesh
 from flux_trainer.parallel.stages import STAGES_PER_RANK, check_micro_batches
 from flux_trainer.runtime import peers
@@ -53,10 +54,6 @@ from flux_trainer.runtime.dist import init_distributed, set_deterministic
 from flux_trainer.runtime.files import write_text
 from flux_trainer.runtime.log import logger
 from flux_trainer.runtime.signals import StopFlag
-
-# Settings of [training] that decide what a draw becomes, beside seed and data.
-DRAWN_BY = ("img_size", "classifier_free_guidance_prob", "classifier_free_guidance_joint")
-
 
 # Settings in which machines may differ: names, what only the first rank writes, and each machine's workers.
 OF_A_MACHINE: dict[str, Any] = {
@@ -338,16 +335,7 @@ class Trainer(ABC):
 
     def identity(self) -> dict[str, Any]:
         """What a resumed run must share with the one that wrote the checkpoint."""
-        config, training = self.config, self.config.training
-        return {
-            "model": config.model.model_dump(),
-            "debug.seed": config.debug.seed,
-            "data.sources": [source.model_dump() for source in config.data.sources],
-            "training.global_batch_size": self.global_batch_size,
-            **{f"data.{key}": getattr(config.data, key) for key in ("crop", "flip_prob")},
-            **{f"training.{key}": getattr(training, key) for key in DRAWN_BY},
-            "encoder.max_t5_encoding_len": config.encoder.max_t5_encoding_len,
-        }
+        return identity(self.config, self.global_batch_size)
 
     def tensors(self) -> dict[str, Tensor]:
         """All tensors of a checkpoint, live and by native name."""
@@ -408,14 +396,3 @@ class Trainer(ABC):
     def close(self) -> None:
         """Leave the process group, together with all other ranks."""
         self.world.close()
-
-
-@contextmanager
-def default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    """Parameters made within have this dtype."""
-    previous = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(previous)

@@ -6,7 +6,26 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from flux_trainer.config.schema import JobConfig
+from flux_trainer.models.registry import FLAVORS
+
 _ABSENT = "nothing"
+# Settings of [training] that decide what a draw becomes, beside seed and data.
+_DRAWN_BY = ("img_size", "classifier_free_guidance_prob", "classifier_free_guidance_joint")
+
+
+def identity(config: JobConfig, global_batch_size: int) -> dict[str, Any]:
+    """The settings that a resumed run must share with the one that wrote the checkpoint."""
+    text_length = FLAVORS[config.model.flavor].text_length
+    return {
+        "model": config.model.model_dump(),
+        "debug.seed": config.debug.seed,
+        "data.sources": [source.model_dump() for source in config.data.sources],
+        "training.global_batch_size": global_batch_size,
+        **{f"data.{key}": getattr(config.data, key) for key in ("crop", "flip_prob")},
+        **{f"training.{key}": getattr(config.training, key) for key in _DRAWN_BY},
+        f"encoder.{text_length}": getattr(config.encoder, text_length),
+    }
 
 
 def differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

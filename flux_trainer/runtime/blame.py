@@ -81,8 +81,8 @@ def blame(reports: Mapping[int, Report], size: int) -> dict[int, str]:
     if silent := [rank for rank in range(size) if rank not in reports]:
         ranks = _list((f"rank {rank}" for rank in silent), ", ")
         sentence = (
-            f"Nothing is heard from the watchers of {ranks}: their machines or containers stand still, or are "
-            "cut off from this one."
+            f"Nothing is heard from the watchers of {ranks}: their machines or containers stand still, or "
+            "are cut off from this one."
         )
         return dict.fromkeys(silent, sentence)
     known = reports.values()
