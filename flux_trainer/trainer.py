@@ -55,9 +55,10 @@ from flux_trainer.runtime.files import write_text
 from flux_trainer.runtime.log import logger
 from flux_trainer.runtime.signals import StopFlag
 
-# Settings in which machines may differ: names, what only the first rank writes, and each machine's workers.
+# Settings in which machines may differ: names, profiles, and how many workers read data.
 OF_A_MACHINE: dict[str, Any] = {
-    **dict.fromkeys(("job", "metrics", "profiling"), True),
+    "job": True,
+    "profiling": True,
     "data": {"num_workers", "prefetch_factor"},
 }
 
