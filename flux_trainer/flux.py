@@ -299,7 +299,7 @@ class FluxTrainer(Trainer):
             for number, prompt in enumerate(prompts)
         ]
         batches = share_out(requests, self.group.count, section.local_batch_size)
-        text = encode_prompts(requests, batches, self.encoders.text, self.group, section.local_batch_size)
+        text = encode_prompts(requests, batches, self.encoders.text, self.group)
         pictures = draw(
             requests,
             batches,

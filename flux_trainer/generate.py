@@ -16,6 +16,7 @@ import torch
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
+from flux_trainer.checkpoint.errors import on_first
 from flux_trainer.config.pictures import Order, Request, metadata
 from flux_trainer.config.schema import ActivationCheckpoint, JobConfig
 from flux_trainer.encoders.bundle import Codec
@@ -23,6 +24,7 @@ from flux_trainer.encoders.choose import kind_of, text_encoders
 from flux_trainer.encoders.text import TextFeatures
 from flux_trainer.flow.latents import LatentSpace
 from flux_trainer.hub.load import load_weights
+from flux_trainer.hub.weights import open_weights
 from flux_trainer.metrics.pictures import grid, thumbnail, to_image
 from flux_trainer.metrics.progress import Progress
 from flux_trainer.models import registry
@@ -53,13 +55,18 @@ def draw_pictures(order: Order, config: JobConfig) -> None:
     group = data_group(mesh, world)
     model = registry.FLAVORS[config.model.flavor]
     requests = order.requests
+    dtype: torch.dtype = getattr(torch, config.training.mixed_precision_param)
+    ema = config.inference.ema
+    # What can fail, before the minutes that the text encoders take.
+    on_first(world.checkpoint, lambda: _look(order, model, ema))
+    codec = Codec(config.encoder, world.device)
+
     rounds = share_out(requests, group.count, config.inference.local_batch_size)
 
     features = _encode(config, model, mesh, group, requests, rounds)
     gc.collect()  # modules are in cycles, with FSDP's hooks and without
     if world.device.type == "cuda":
         torch.cuda.empty_cache()
-    dtype: torch.dtype = getattr(torch, config.training.mixed_precision_param)
     parallel = _transformer(config, mesh, world.device, dtype, requests)
     parameters = {name: p.detach() for part in parallel.parts for name, p in part.named_parameters()}
     what = load_weights(
@@ -68,14 +75,14 @@ def draw_pictures(order: Order, config: JobConfig) -> None:
         world.checkpoint,
         parallel.layouts,
         config=model,
-        ema=config.inference.ema,
+        ema=ema,
     )
     logger.info(f"Drawing with {what}")
-    codec = Codec(config.encoder, world.device)
 
     velocity = Velocity(parallel, model, world.device)
     mine = [requests[i] for batches in rounds for i in batch_of(batches, group.number)]
-    total = sum(_work(request, velocity.space) for request in mine)
+    total = sum(_steps(r) * _elements(r, velocity.space) for r in mine)
+    total += sum(_elements(r, velocity.space) for r in requests)  # decoding; else 100 % would come before it
     progress, done = Progress(shown=world.rank == 0), 0
     thumbnails: dict[int, Tensor] = {}
 
@@ -100,12 +107,19 @@ def draw_pictures(order: Order, config: JobConfig) -> None:
     for number, picture in pictures:
         thumbnails[number] = thumbnail(picture, THUMBNAIL)
         if world.rank == 0:
-            chunks = metadata(requests[number], str(order.weights), config.inference.ema)
-            write_png(order.paths[number], picture, chunks)
+            write_png(order.paths[number], picture, metadata(requests[number], str(order.weights), ema))
+        done += _elements(requests[number], velocity.space)
+        progress.show(done, total, f"{len(thumbnails)} of {len(requests)} pictures")
     progress.close()
     if world.rank == 0:
         _report(order, config, [thumbnails[i] for i in range(len(requests))])
     world.close()
+
+
+def _look(order: Order, model: ModelConfig, ema: bool) -> None:
+    """Raises an error unless the weights are there, by their headers, and the folder of the pictures is."""
+    order.paths[0].parent.mkdir(parents=True, exist_ok=True)
+    open_weights(order.weights, config=model, ema=ema)
 
 
 def _encode(
@@ -120,7 +134,7 @@ def _encode(
     device, seed, shard = group.world.device, config.debug.seed, shared_encoder(mesh)
     text = text_encoders(config.encoder, kind_of(model), device, seed, shard, model.context_in_dim)
     check_features(config, text, model)
-    return encode_prompts(requests, rounds, text, group, config.inference.local_batch_size)
+    return encode_prompts(requests, rounds, text, group)
 
 
 def _transformer(
@@ -144,10 +158,14 @@ def _transformer(
     return parallel
 
 
-def _work(request: Request, space: LatentSpace) -> int:
-    """Elements of latents that the model sees for a picture."""
-    elements = prod(space.shape(request.height, request.width))
-    return elements * request.steps * (2 if request.guided else 1)
+def _elements(request: Request, space: LatentSpace) -> int:
+    """Of a picture's latents."""
+    return prod(space.shape(request.height, request.width))
+
+
+def _steps(request: Request) -> int:
+    """How often the model sees a picture."""
+    return request.steps * (2 if request.guided else 1)
 
 
 def write_png(path: Path, picture: Tensor, chunks: Mapping[str, str]) -> None:
@@ -155,10 +173,12 @@ def write_png(path: Path, picture: Tensor, chunks: Mapping[str, str]) -> None:
     texts = PngInfo()
     for name, text in chunks.items():
         texts.add_text(name, text)
-    path.parent.mkdir(parents=True, exist_ok=True)
     passing = path.with_name(f".{path.name}.tmp")
-    to_image(picture).save(passing, format="PNG", pnginfo=texts)
-    os.replace(passing, path)
+    try:
+        to_image(picture).save(passing, format="PNG", pnginfo=texts)
+        os.replace(passing, path)
+    finally:
+        passing.unlink(missing_ok=True)
 
 
 def _report(order: Order, config: JobConfig, thumbnails: list[Tensor]) -> None:

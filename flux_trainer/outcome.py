@@ -11,9 +11,12 @@ from flux_trainer.runtime import peers
 from flux_trainer.runtime.dist import tells_of_lost_peer
 from flux_trainer.runtime.log import logger
 
+INTERRUPTED = 130
+"""Exit status of a command that Ctrl-C ended, as shells have it: 128 + SIGINT."""
+
 
 def exit_status(run: Callable[[], None]) -> int:
-    """Call `run`; returns 0, or 1 after a mistake or a loss that a sentence can tell of.
+    """Call `run`; returns 0, 1 after a mistake or a loss that a sentence can tell of, 130 after Ctrl-C.
 
     torchrun learns of every error, from any rank. Errors of our own making are raised.
     """
@@ -26,6 +29,10 @@ def exit_status(run: Callable[[], None]) -> int:
         elif isinstance(error, (ValueError, OSError, CheckpointError)):
             peers.failed(str(error))
             logger.error(str(error))
+        elif isinstance(error, KeyboardInterrupt):
+            peers.failed("It was interrupted.")
+            logger.error("Interrupted.")
+            return INTERRUPTED
         else:
             peers.failed(f"{type(error).__name__}: {error}")
             raise

@@ -1,8 +1,8 @@
 """Pictures of prompts: Euler steps from noise to data, shared out over the data-parallel groups of a mesh.
 
-Noise is a function of a picture's own seed and size, so a picture depends neither on the batch it is drawn in
-nor on the number of ranks. Pictures of different sizes never share a batch; groups may draw different sizes
-at the same time, for all that groups have to agree on is the number of calls of the model.
+Noise is a function of a picture's own seed and size, so the batch it is drawn in and the number of ranks
+change a picture by the rounding of sums alone. Pictures of different sizes never share a batch; groups may
+draw different sizes at the same time, for all they have to agree on is the number of calls of the model.
 """
 
 from __future__ import annotations
@@ -68,11 +68,11 @@ def encode_prompts(
     rounds: Sequence[Round],
     encoders: TextEncoder,
     group: DataGroup,
-    batch_size: int,
 ) -> dict[str, TextFeatures]:
     """Features (txt [L, C], vec [D] if any) of each text that this rank's group needs, in host memory.
 
-    All ranks make the same number of calls of the encoders, as a sharded T5 requires.
+    Text by text: the sums of a batch are rounded in another order, and the pictures would depend on it. All
+    ranks make the same number of calls of the encoders, as a sharded T5 requires.
     """
     needed = [
         prompts_of(requests[i] for batches in rounds for i in batch_of(batches, number))
@@ -80,12 +80,11 @@ def encode_prompts(
     ]
     mine = needed[group.number]
     features: dict[str, TextFeatures] = {}
-    for start in range(0, max(map(len, needed)), batch_size):
-        texts = mine[start : start + batch_size] or [""]
-        encoded = encoders.encode(encoders.tokenize(texts))
-        txt, vec = encoded.txt.cpu(), None if encoded.vec is None else encoded.vec.cpu()
-        for i, text in enumerate(texts):
-            features[text] = TextFeatures(txt[i], None if vec is None else vec[i])
+    for number in range(max(map(len, needed))):
+        text = mine[number] if number < len(mine) else ""
+        encoded = encoders.encode(encoders.tokenize([text]))
+        vec = None if encoded.vec is None else encoded.vec[0].cpu()
+        features[text] = TextFeatures(encoded.txt[0].cpu(), vec)
     return features
 
 

@@ -21,7 +21,9 @@ from flux_trainer.flow.latents import FLUX1
 from flux_trainer.flow.timesteps import MU, schedule
 from flux_trainer.models.flux1 import Flux1Config, Flux1Model
 from flux_trainer.parallel.apply import Parallel
-from flux_trainer.sample import denoise, guided, prompts_of, share_out
+from flux_trainer.parallel.mesh import DataGroup
+from flux_trainer.runtime.dist import World
+from flux_trainer.sample import denoise, encode_prompts, guided, prompts_of, share_out
 from flux_trainer.velocity import Velocity
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -192,6 +194,32 @@ def test_every_request_is_drawn_once_in_batches_of_its_kind(requests, groups, si
         for batch in batches:
             assert 1 <= len(batch) <= size
             assert len({(requests[n].width, requests[n].guided) for n in batch}) == 1
+
+
+def test_texts_are_encoded_one_at_a_time():
+    """In a batch they would be rounded by what lies beside them."""
+    seen: list[list[str]] = []
+
+    class Encoder:
+        def tokenize(self, texts: list[str]) -> list[str]:
+            seen.append(texts)
+            return texts
+
+        def encode(self, texts: list[str]) -> TextFeatures:
+            values = torch.tensor([float(ord((text or "0")[0])) for text in texts])
+            return TextFeatures(values[:, None, None], values[:, None])
+
+    requests = [replace(BASE, prompt=text) for text in "abcab"]
+    alone = DataGroup(0, 1, True, World(0, 0, 1, CPU, None, None))
+    features = encode_prompts(requests, share_out(requests, 1, 4), Encoder(), alone)
+    assert seen == [["a"], ["b"], ["c"]]
+    assert {text: f.txt.item() for text, f in features.items()} == {text: ord(text) for text in "abc"}
+    assert features["a"].vec.shape == (1,)
+    # The second of two groups has less to do, and calls as often.
+    seen.clear()
+    second = replace(alone, number=1, count=2)
+    encode_prompts(requests[:3], [[[0, 1], [2]]], Encoder(), second)
+    assert seen == [["c"], [""]]
 
 
 def test_the_groups_get_even_shares():

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import os
 import sys
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from flux_trainer.cli.weights import KLEIN_BASE, find_weights, scales
 from flux_trainer.config import toml
 from flux_trainer.config.check import check_generation
 from flux_trainer.config.flags import split
@@ -18,9 +18,9 @@ from flux_trainer.config.help import help_text
 from flux_trainer.config.load import ConfigError, load
 from flux_trainer.config.pictures import Order, file_names, read_prompts, requests
 from flux_trainer.config.problems import COMMAND_LINE
-from flux_trainer.config.schema import JobConfig
-from flux_trainer.config.weights import find_weights, scales
+from flux_trainer.config.schema import Inference, JobConfig
 from flux_trainer.models.registry import FLAVORS
+from flux_trainer.models.widths import check_widths
 from flux_trainer.parallel.arithmetic import check_sharing
 from flux_trainer.runtime.log import init_logger, logger
 
@@ -29,8 +29,9 @@ usage: flux-trainer generate WEIGHTS [PROMPT | -]... [--SECTION.KEY VALUE]...
        torchrun --nproc-per-node N -m flux_trainer generate WEIGHTS ...
 
 Draws each PROMPT (-: each line of standard input) and writes PNG files with their settings inside.
-  WEIGHTS     a run's folder (its newest checkpoint), a checkpoint (step-N), a .safetensors file with
-              Black Forest Labs' names, or a diffusers folder
+  WEIGHTS     a run's folder (its newest checkpoint), a checkpoint (step-N), a .safetensors file, the index
+              of several, or a diffusers folder; which flavor it is, is found out
+  --          what follows are prompts, also those that begin with a dash
 The text encoders and the autoencoder are the run's, or lie beside the weights under their published names, or
 are named by [encoder] in --job.config_file FILE or by flags. The dtype is training.mixed_precision_param.
 
@@ -46,6 +47,7 @@ ALIASES = {
     "--negative": "negative_prompt",
     "--batch": "local_batch_size",
     "--count": "images_per_prompt",
+    "--overwrite": "overwrite",
 }
 """Short flag -> key of [inference]. A folder given as --out is relative to where one is. None may be the
 beginning of a flag of torchrun, which would stop at it."""
@@ -53,6 +55,14 @@ beginning of a flag of torchrun, which would stop at it."""
 
 def main(argv: Sequence[str]) -> int:
     """Draw what `argv` asks for; returns the exit status."""
+    try:
+        return _generate(argv)
+    except KeyboardInterrupt:  # while torch is imported; later `exit_status` takes it
+        print("Interrupted.", file=sys.stderr)
+        return 130
+
+
+def _generate(argv: Sequence[str]) -> int:
     if "-h" in argv or "--help" in argv:
         short = "".join(f"  {flag:<12}--inference.{key}\n" for flag, key in ALIASES.items())
         print(f"{_USAGE}{short}\n{help_text('inference')}", end="")
@@ -81,37 +91,83 @@ def plan(argv: Sequence[str], world_size: int) -> tuple[Order, JobConfig, list[s
     Raises:
         ConfigError: with one line for each mistake.
     """
-    words, names = split(_written_out(argv))
+    words, names, literal = _words(argv)
     if not names:
         raise ConfigError(["WEIGHTS is missing: flux-trainer generate WEIGHTS PROMPT...; --help says more"])
     weights = find_weights(names[0])
-    if names[1:] == ["-"]:
-        words += ["--inference.prompts_path=-", "--inference.prompts=[]"]
-    elif names[1:]:
-        words += [f"--inference.prompts={toml.value(names[1:])}", "--inference.prompts_path="]
+    arguments = [*names[1:], *literal]
+    if arguments:
+        words += [f"--inference.prompts={toml.value(arguments)}", "--inference.prompts_path="]
     config, notices, origins = load(words, weights.settings)
+    flavor = config.model.flavor
+    if "model.flavor" not in origins:
+        raise ConfigError([f"{names[0]} does not say which model it holds: add --model.flavor"])
+    if weights.flavors and flavor not in weights.flavors:
+        said = f'{origins["model.flavor"]}: model.flavor = "{flavor}"'
+        held = " or ".join(weights.flavors)
+        raise ConfigError([f"{said}, but {names[0]} holds {held}: leave the setting out"])
     check_generation(config, world_size, origins)
+    check_widths(config)
     check_sharing(config, world_size)
+    if config.compile.enable and origins["compile.enable"] != COMMAND_LINE:
+        where = origins["compile.enable"]
+        notices.append(f"compile.enable of {where} is for training; add --compile.enable to compile here")
+        config = config.model_copy(update={"compile": config.compile.model_copy(update={"enable": False})})
     section = config.inference
-    if section.prompts_path == "-" and world_size > 1:
-        raise ConfigError(["standard input reaches one process only: give several --inference.prompts_path"])
-    prompts = read_prompts(section.prompts_path) if section.prompts_path else section.prompts
-    if not prompts:
-        sources = "as arguments, as lines of --inference.prompts_path FILE, or - for standard input's"
-        raise ConfigError([f"nothing to draw: give prompts {sources}"])
-    steps, guidance, cfg_scale = scales(config.model.flavor)
-    if not FLAVORS[config.model.flavor].guidance_embed:
+    prompts = _prompts(section, names[1:], literal, world_size)
+    steps, guidance, cfg_scale = scales(flavor)
+    if "klein" in flavor and section.denoising_steps is None and section.cfg_scale is None:
+        notices.append(
+            f"{flavor} is drawn as the distilled klein was made for, in {steps} steps without guidance; its "
+            f"base model wants --steps {KLEIN_BASE[0]} --cfg {KLEIN_BASE[2]:g}"
+        )
+    if not FLAVORS[flavor].guidance_embed:
         if origins.get("inference.guidance") == COMMAND_LINE:
-            notices.append(f"{config.model.flavor} has no embedding of guidance, so --guidance does nothing")
+            notices.append(f"{flavor} has no embedding of guidance, so --guidance does nothing")
         section = section.model_copy(update={"guidance": None})
     elif guidance is None:
         guidance = config.flow.guidance
-    side = config.training.img_size if weights.belong_to_run else 1024
+    side = config.training.img_size if "training.img_size" in origins else 1024
     wanted = requests(section, prompts, side=side, steps=steps, guidance=guidance, cfg_scale=cfg_scale)
+    if len(once := list(dict.fromkeys(wanted))) < len(wanted):
+        notices.append("what is asked for twice is drawn once; --count 2 draws each with two seeds")
     folder = Path(config.job.dump_folder) / section.save_img_folder
-    order = Order(weights.path, wanted, [folder / name for name in file_names(wanted)])
+    order = Order(weights.path, once, [folder / name for name in file_names(once)])
     _check_files(order, section.overwrite)
     return order, config, notices
+
+
+def _words(argv: Sequence[str]) -> tuple[list[str], list[str], list[str]]:
+    """Those of settings, those that are none, and those behind `--`."""
+    _check_text(argv[1:])
+    end = argv.index("--") if "--" in argv else len(argv)
+    words, names = split(_written_out(argv[:end]))
+    literal = list(argv[end + 1 :])
+    if odd := [name for name in names if name.startswith("-") and name != "-"]:
+        raise ConfigError([f"{odd[0]}: not a flag; prompts that begin with a dash come after --"])
+    return (words, names, literal) if names else (words, literal[:1], literal[1:])
+
+
+def _prompts(section: Inference, names: Sequence[str], literal: Sequence[str], world_size: int) -> list[str]:
+    """What to draw, with the lines of standard input where `-` stands for them."""
+    if (section.prompts_path == "-" or "-" in names) and world_size > 1:
+        raise ConfigError(["standard input reaches one process only: give several --inference.prompts_path"])
+    if names or literal:
+        prompts = [p for name in names for p in (read_prompts("-") if name == "-" else [name])] + [*literal]
+    else:
+        prompts = read_prompts(section.prompts_path) if section.prompts_path else section.prompts
+    _check_text(prompts)
+    if not prompts:
+        sources = "as arguments, as lines of --inference.prompts_path FILE, or - for standard input's"
+        raise ConfigError([f"nothing to draw: give prompts {sources}"])
+    return prompts
+
+
+def _check_text(texts: Iterable[str]) -> None:
+    """Raises ConfigError for bytes that are no text, which Python keeps as lone surrogates."""
+    for text in texts:
+        if any("\ud800" <= letter <= "\udfff" for letter in text):
+            raise ConfigError([f"{text!a} is not UTF-8 text"])
 
 
 def _written_out(argv: Sequence[str]) -> list[str]:
@@ -130,12 +186,20 @@ def _written_out(argv: Sequence[str]) -> list[str]:
 
 
 def _check_files(order: Order, overwrite: bool) -> None:
-    """Raises ConfigError where pictures would fall together, or on others that are there."""
-    twice = [path.name for path, count in Counter(order.paths).items() if count > 1]
-    if twice:
-        raise ConfigError([f"the same picture is asked for twice: {twice[0]}"])
-    there = [path for path in order.paths if path.exists()]
-    if there and not overwrite:
-        more = f" and {len(there) - 1} more" if len(there) > 1 else ""
-        remedy = "take another --seed or --out, or set --inference.overwrite"
-        raise ConfigError([f"{there[0]}{more} would be replaced: {remedy}"])
+    """Raises ConfigError where pictures would fall on others, or cannot be written."""
+    folder = order.paths[0].parent
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise ConfigError(
+            [f"{folder}: no pictures can be written there, for {there} is a file; name a folder"]
+        )
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise ConfigError(
+            [f"{folder}: no pictures can be written there, for want of permission; name another"]
+        )
+    taken = [path for path in order.paths if path.exists()]
+    if taken and not overwrite:
+        more = f" and {len(taken) - 1} more" if len(taken) > 1 else ""
+        raise ConfigError(
+            [f"{taken[0]}{more} would be replaced: take another --seed or --out, or --overwrite"]
+        )

@@ -295,7 +295,7 @@ class Inference(Section):
     """What classifier-free guidance leads away from."""
     sizes: list[str] = []
     """WIDTHxHEIGHT in pixels, multiples of 16, or one number for a square; every prompt is drawn in each.
-    Empty: the run's training.img_size, and 1024 for weights that belong to no run."""
+    Empty: training.img_size of the run, of a settings file or a flag; 1024 where none says it."""
     images_per_prompt: PositiveInt = 1
     """Pictures of every prompt in every size; the k-th, from 0 on, has seed + k."""
     seed: NonNegativeInt = 0

@@ -6,6 +6,7 @@ import gc
 import io
 import json
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -16,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from helpers.headers import shapes_of, write_header
 from helpers.ranks import run_ranks
 from helpers.tiny_run import MODEL, ROOT, TinyTrainer, tiny_config, write_assets
 from PIL import Image
@@ -72,6 +74,11 @@ def one_process(run) -> Path:
     words = ["--out", str(out), "--size", "16,32x16", "--count", "2", "--batch=8"]
     run_ranks(1, generate, run[0], *PROMPTS, *words)
     return out
+
+
+@pytest.fixture(autouse=True)
+def _flavor_of_the_run(monkeypatch):
+    monkeypatch.setitem(FLAVORS, "flux-tiny", MODEL)
 
 
 def pictures(folder: Path) -> dict[str, np.ndarray]:
@@ -203,8 +210,13 @@ def test_prompts_come_from_a_file_or_from_standard_input(run, tmp_path, monkeypa
     monkeypatch.setattr("sys.stdin", io.StringIO("one\ntwo\n"))
     order, _, _ = plan([folder, "-"], 1)
     assert [r.prompt for r in order.requests] == ["one", "two"]
-    order, _, _ = plan([folder, "--", "--strange", "-"], 1)
-    assert [r.prompt for r in order.requests] == ["--strange", "-"]
+    monkeypatch.setattr("sys.stdin", io.StringIO("one\ntwo\n"))
+    order, _, _ = plan([folder, "zero", "-", "three", "--count=1"], 1)
+    assert [r.prompt for r in order.requests] == ["zero", "one", "two", "three"]
+    order, _, _ = plan([folder, "a", "--", "--strange", "-", "-n"], 1)
+    assert [r.prompt for r in order.requests] == ["a", "--strange", "-", "-n"]
+    order, _, _ = plan(["--", folder, "a"], 1)
+    assert [r.prompt for r in order.requests] == ["a"]
     assert config.parallelism.data_parallel_shard_degree == -1
 
 
@@ -222,6 +234,7 @@ def test_short_flags_and_where_pictures_go(run, tmp_path, monkeypatch):
         "--negative": "ugly, blurred",
         "--batch": "9",
         "--count": "1",
+        "--overwrite": "true",
     }
     assert words.keys() == ALIASES.keys()
     for argv in ([w for pair in words.items() for w in pair], [f"{k}={v}" for k, v in words.items()]):
@@ -230,6 +243,7 @@ def test_short_flags_and_where_pictures_go(run, tmp_path, monkeypatch):
         [r] = order.requests
         assert (r.steps, r.guidance, r.cfg_scale, r.negative_prompt) == (7, 1.5, 2.0, "ugly, blurred")
         assert config.inference.local_batch_size == 9
+        assert config.inference.overwrite
     order, _, _ = plan([str(folder), "a"], 1)
     assert order.paths == [folder / "inference_results/001_a_16x16_seed0.png"]
     order, _, _ = plan([str(folder / "checkpoint/step-2"), "a"], 1)
@@ -269,14 +283,18 @@ REFUSALS = {
     "RUN a --cfg much": 'inference.cfg_scale = "much": wrong type; expected a number >= 0 or none',
     "RUN a --seed 72057594037927936": "inference.seed = 72057594037927936 is too large",
     "RUN a --inference.promts b": "inference.promts: unknown key; did you mean inference.prompts or ",
-    "RUN a a": "the same picture is asked for twice: 001_a_16x16_seed0.png",
+    "RUN a -n 3": "-n: not a flag; prompts that begin with a dash come after --",
+    "RUN a bad\udcff": r"'bad\udcff' is not UTF-8 text",
+    "RUN a --negative bad\udcff": r"'bad\udcff' is not UTF-8 text",
+    "RUN a --out README.md/here": "README.md is a file; name a folder",
+    "RUN a --encoder.clip_encoder assets/encoders/clip-tiny": "gives 256 features, but flux-tiny takes 16",
     "RUN --inference.prompts_path nowhere.txt": 'inference.prompts_path = "nowhere.txt" is not there',
     "RUN --inference.prompts_path README.md --inference.prompts a": "are both given; give one of the two",
     "RUN a --parallelism.tensor_parallel_degree 2": "does not divide the 1 ranks of this run; possible: 1",
-    "RUN/img a": "this folder is neither a run (config.toml), nor one of its checkpoints",
+    "RUN/img a": "this folder is neither a run (config.toml), nor a checkpoint (step-N)",
     "nowhere a": "nowhere: there is no such file or folder (looked in ",
     "README.md a": "README.md: weights are read from .safetensors files; a pickle could run code",
-    "RUN a --out ONE --size 16": "001_a_16x16_seed0.png would be replaced: take another --seed or --out",
+    "RUN a --out ONE --size 16": "001_a_16x16_seed0.png would be replaced: take another --seed ",
 }
 
 
@@ -309,37 +327,157 @@ def test_refusals_import_no_torch(run):
     assert done.stdout.splitlines()[-1] == "[]"
 
 
-def test_published_weights_bring_their_settings(tmp_path):
-    """FLUX.1's folders as they are published; which of the two it is shows in the file."""
-    for part in ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "transformer", "vae"):
+def test_published_weights_are_drawn_as_they_were_distilled(tmp_path):
+    """FLUX.1's folders as they are published; which of the two it is shows in the files."""
+    for part in ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "transformer"):
         (tmp_path / part).mkdir()
     (tmp_path / "ae.safetensors").write_text("")
     (tmp_path / "model_index.json").write_text("{}")
-    (tmp_path / "transformer/config.json").write_text('{"guidance_embeds": false}')
-    header = json.dumps({"guidance_in.in_layer.weight": {}}).encode()
-    (tmp_path / "flux1-dev.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
+    write_header(tmp_path / "flux1-dev.safetensors", shapes_of("flux-dev", "bfl"))
+    write_header(tmp_path / "transformer/model.safetensors", shapes_of("flux-schnell", "diffusers"))
 
     order, config, _ = plan([str(tmp_path / "flux1-dev.safetensors"), "a"], 1)
     [r] = order.requests
     assert config.model.flavor == "flux-dev"
     assert (r.steps, r.guidance, r.cfg_scale, r.width, r.height) == (50, 3.5, 1.0, 1024, 1024)
-    encoder = config.encoder
-    assert encoder.max_t5_encoding_len == 512
-    assert encoder.t5_encoder == str(tmp_path / "text_encoder_2")
-    assert encoder.clip_encoder == str(tmp_path / "text_encoder")
-    assert encoder.t5_tokenizer == str(tmp_path / "tokenizer_2")
-    assert encoder.clip_tokenizer == str(tmp_path / "tokenizer")
-    assert encoder.autoencoder_path == str(tmp_path / "ae.safetensors")
+    assert config.encoder.max_t5_encoding_len == 512
 
     order, config, _ = plan([str(tmp_path), "a", "--encoder.max_t5_encoding_len=128"], 1)
     [r] = order.requests
     assert config.model.flavor == "flux-schnell"
     assert (r.steps, r.guidance, r.cfg_scale) == (4, None, 1.0)
     assert config.encoder.max_t5_encoding_len == 128
+    order, _, _ = plan([str(tmp_path), "a", "--training.img_size=256"], 1)
+    assert order.requests[0].width == 256
 
-    (tmp_path / "cut.safetensors").write_bytes(b"\xff" * 20)
-    with pytest.raises(ConfigError, match=r"cut\.safetensors: not a safetensors file, or cut off"):
-        plan([str(tmp_path / "cut.safetensors"), "a"], 1)
+    with pytest.raises(ConfigError, match=r'model.flavor = "flux-dev", but .* holds flux-schnell: leave'):
+        plan([str(tmp_path), "a", "--model.flavor=flux-dev"], 1)
+    (tmp_path / "text_encoder_2/config.json").write_text('{"d_model": 64}')
+    with pytest.raises(ConfigError, match="gives 64 features, but flux-schnell takes 4096"):
+        plan([str(tmp_path), "a"], 1)
+
+
+@pytest.mark.parametrize(
+    ("flavor", "scales", "notes"),
+    [
+        ("flux2-dev", (50, 4.0, 1.0), []),
+        (
+            "flux2-klein-9b",
+            (4, None, 1.0),
+            [
+                "flux2-klein-9b is drawn as the distilled klein was made for, in 4 steps without guidance; "
+                "its base model wants --steps 50 --cfg 4"
+            ],
+        ),
+    ],
+)
+def test_flux2_is_drawn_as_it_was_distilled(tmp_path, flavor, scales, notes):
+    for part in ("text_encoder", "tokenizer", "vae"):
+        (tmp_path / part).mkdir()
+    (tmp_path / "vae/model.safetensors").write_text("")
+    write_header(tmp_path / "flux2.safetensors", shapes_of(flavor, "bfl"))
+    order, config, notices = plan([str(tmp_path / "flux2.safetensors"), "a"], 1)
+    [r] = order.requests
+    assert (r.steps, r.guidance, r.cfg_scale) == scales
+    assert (config.model.name, config.model.flavor) == ("flux2", flavor)
+    assert notices == notes
+    _, _, notices = plan([str(tmp_path / "flux2.safetensors"), "a", "--steps=50", "--cfg=4"], 1)
+    assert notices == []
+
+
+def test_a_checkpoint_that_does_not_say_its_model_wants_a_flavor(tmp_path):
+    (tmp_path / ".metadata").write_text("")
+    with pytest.raises(ConfigError, match=r"does not say which model it holds: add --model\.flavor"):
+        plan([str(tmp_path), "a"], 1)
+
+
+def test_what_is_asked_for_twice_is_drawn_once(run):
+    order, _, notices = plan([str(run[0] / "run"), "a", "b", "a", "--size=16,16", "--count=2"], 1)
+    assert [(r.prompt, r.seed) for r in order.requests] == [("a", 0), ("a", 1), ("b", 0), ("b", 1)]
+    assert len(set(order.paths)) == 4
+    assert notices == ["what is asked for twice is drawn once; --count 2 draws each with two seeds"]
+
+
+def test_settings_of_training_in_a_file_do_not_compile_pictures(run, tmp_path):
+    """A run's own settings file, beside weights of the same flavor."""
+    text = (run[0] / "run/config.toml").read_text()
+    (tmp_path / "mine.toml").write_text(re.sub(r"(\[compile\]\nenable = )false", r"\1true", text))
+    write_header(tmp_path / "a.safetensors", shapes_of("flux-tiny", "bfl"))
+    words = [str(tmp_path / "a.safetensors"), "a", "--job.config_file", str(tmp_path / "mine.toml")]
+    order, config, [notice] = plan(words, 1)
+    assert not config.compile.enable
+    assert notice.endswith("mine.toml is for training; add --compile.enable to compile here")
+    assert order.requests[0].width == 16
+    _, config, notices = plan([*words, "--compile.enable"], 1)
+    assert config.compile.enable
+    assert notices == []
+
+
+def refused_before_encoding(folder: Path, *words: str) -> str:
+    """The sentence with which drawing is refused; fails where a text encoder was built."""
+    from flux_trainer import generate as module
+
+    FLAVORS["flux-tiny"] = MODEL
+    module.text_encoders = lambda *_: pytest.fail("text encoders were built")
+    sys.stderr = io.StringIO()
+    try:
+        assert main(["generate", str(folder / "run"), "a", *words]) == 1, sys.stderr.getvalue()
+        return sys.stderr.getvalue()
+    finally:
+        sys.stderr = sys.__stderr__
+
+
+def test_bad_weights_and_folders_are_known_before_prompts_are_encoded(run, tmp_path):
+    shutil.copytree(run[0] / "run", tmp_path / "run")
+    step = tmp_path / "run/checkpoint/step-2"
+    data = next(step.glob("*.distcp"))
+    data.write_bytes(data.read_bytes()[:1000])
+    assert "cut off" in run_ranks(1, refused_before_encoding, tmp_path)[0]
+    bad = ["--encoder.autoencoder_path", str(tmp_path / "bad.safetensors")]
+    (tmp_path / "bad.safetensors").write_bytes(b"\xff" * 20)
+    assert "bad.safetensors" in run_ranks(1, refused_before_encoding, run[0], *bad)[0]
+
+
+def interrupted(folder: Path, out: Path) -> tuple[int, list[str]]:
+    """Exit status and console of drawing that Ctrl-C ends after the first call of the model."""
+    from flux_trainer import generate as module
+
+    class Interrupted(module.Velocity):
+        def __call__(self, *_: Any) -> Any:
+            raise KeyboardInterrupt
+
+    FLAVORS["flux-tiny"] = MODEL
+    module.Velocity = Interrupted
+    sys.stderr = io.StringIO()
+    try:
+        return main(
+            ["generate", str(folder / "run"), "a", "--out", str(out)]
+        ), sys.stderr.getvalue().splitlines()
+    finally:
+        sys.stderr = sys.__stderr__
+
+
+def test_ctrl_c_is_one_line(run, tmp_path):
+    [(status, lines)] = run_ranks(1, interrupted, run[0], tmp_path)
+    assert status == 130
+    assert lines[-1].endswith("Interrupted.")
+    assert not any("Traceback" in line for line in lines)
+    assert list(tmp_path.iterdir()) == []
+
+
+def shown_progress(folder: Path, out: Path) -> list[str]:
+    """Every line of progress of two pictures, one after another."""
+    from flux_trainer.metrics import progress
+
+    progress.IN_FILE = 0.0
+    lines = generate(folder, "a", "b", "--batch=1", "--steps=2", "--out", str(out))
+    return [line.split(", ")[0] + ", " + line.split(", ")[1] for line in lines if "pictures, " in line]
+
+
+def test_all_is_done_when_all_pictures_are(run, tmp_path):
+    shown = run_ranks(1, shown_progress, run[0], tmp_path)[0]
+    assert shown[0].startswith("0 of 2 pictures, ")
+    assert [line for line in shown if line.endswith("100 %")] == ["2 of 2 pictures, 100 %"]
 
 
 def from_published(words: list[str]) -> list[str]:
