@@ -9,6 +9,7 @@ from flux_trainer.config.check import check
 from flux_trainer.config.load import ConfigError, load
 from flux_trainer.config.schema import JobConfig
 from flux_trainer.config.toml import to_toml
+from flux_trainer.models.widths import check_widths
 from flux_trainer.parallel.arithmetic import check_mesh
 from flux_trainer.runtime.log import init_logger, logger
 
@@ -19,6 +20,7 @@ def main() -> int:
     try:
         config, notices, origins = load(sys.argv[1:])
         notices += check(config, world_size, origins)
+        check_widths(config)
         check_mesh(config, world_size)
     except ConfigError as error:
         if rank == 0:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from flux_trainer.config.check import check
 from flux_trainer.config.load import ConfigError, load
 from flux_trainer.config.toml import to_toml
+from flux_trainer.models.widths import check_widths
 from flux_trainer.parallel.arithmetic import check_mesh
 
 _USAGE = """\
@@ -27,6 +28,7 @@ def main(argv: Sequence[str]) -> int:
             print(_USAGE)
         config, notices, origins = load(words)
         notices += check(config, world_size, origins)
+        check_widths(config)
         if world_size:
             check_mesh(config, world_size)
     except ConfigError as error:
