@@ -60,9 +60,10 @@ def _models(config: JobConfig) -> Iterator[Finding]:
     path = Path(config.encoder.autoencoder_path)
     if not path.exists():
         default = "FLUX.2-dev" if config.model.flavor.startswith("flux2") else "FLUX.1-schnell"
-        repo = path.parent.name if path.parent.name.startswith(("FLUX.1-", "FLUX.2-dev")) else default
-        command = f"hf download black-forest-labs/{repo} {path.name} --local-dir {path.parent}"
-        brings = f"; `{command}` brings FLUX's" if path.name == "ae.safetensors" else ""
+        repo = path.parent.name if path.parent.name.startswith(("FLUX.1-", "FLUX.2-")) else default
+        what = {"ae.safetensors": path.name, "vae": "--include 'vae/*'"}.get(path.name)
+        command = f"hf download black-forest-labs/{repo} {what} --local-dir {path.parent}"
+        brings = f"; `{command}` brings FLUX's" if what else ""
         yield "encoder.autoencoder_path", _not_there(str(path), "file" if path.suffix else "folder") + brings
     elif path.is_dir() and not [*path.glob("*.safetensors"), *path.glob("vae/*.safetensors")]:
         yield "encoder.autoencoder_path", "is a folder without weights: no safetensors file, none in vae/"
