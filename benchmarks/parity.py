@@ -10,6 +10,7 @@ Writes parity.md and parity.png into --out. Flags that follow are settings, such
 
 import argparse
 import platform
+import shlex
 import sys
 import tempfile
 from collections.abc import Callable
@@ -23,10 +24,11 @@ import torch
 from golden import Row, absolute, golden_rows
 from torch import Tensor
 
+from flux_trainer.checkpoint.errors import CheckpointError
+from flux_trainer.cli.weights import find_weights, scales
 from flux_trainer.config.load import load
 from flux_trainer.config.pictures import Request
 from flux_trainer.config.schema import JobConfig, Source
-from flux_trainer.config.weights import find_weights, scales
 from flux_trainer.data.bad import BadSamples
 from flux_trainer.data.loader import ValidationLoader
 from flux_trainer.data.samples import Batch, ValidationSamples
@@ -102,7 +104,12 @@ def main() -> None:
     args, flags = parser.parse_known_args()
 
     with tempfile.TemporaryDirectory() as scratch, torch.no_grad():
-        setup = prepare(args, flags, Path(scratch))
+        try:
+            if not args.images.exists():
+                raise FileNotFoundError(f"--images {args.images}: there is no such file or folder")
+            setup = prepare(args, flags, Path(scratch))
+        except (ValueError, OSError, CheckpointError) as error:
+            sys.exit(str(error))
         rows = [*forward_rows(setup), *autoencoder_rows(setup, batches(setup, args))]
         losses = loss_rows(setup, args)
         sheet, row = pictures(setup, args)
@@ -246,7 +253,7 @@ def pictures(setup: Setup, args: argparse.Namespace) -> tuple[Any, Row]:
     known = features(setup, ["", *args.prompts])
     mu = sampler_mu(setup.config.model.flavor)
     latents = denoise(requests, known, setup.ours, FLUX1, mu, setup.device, torch.float32)
-    ours = setup.encoders.decode(latents)
+    ours = setup.encoders.decode(latents).cpu()
 
     scheduler = library.FlowMatchEulerDiscreteScheduler(
         use_dynamic_shifting=mu is not None,
@@ -275,12 +282,18 @@ def pictures(setup: Setup, args: argparse.Namespace) -> tuple[Any, Row]:
         num_inference_steps=steps,
         output_type="latent",
     ).images
-    theirs = setup.encoders.decode(FLUX1.unpack(theirs, *shape[1:]).float())
+    theirs = decoded(setup.vae, FLUX1.unpack(theirs, *shape[1:]).float()).cpu()
     levels = (ours.int() - theirs.int()).abs()
     captions = [f"{p} ({who})" for who in ("ours", "diffusers") for p in args.prompts]
     sheet = grid([*ours, *theirs], captions, columns=count)
     what = f"{count} pictures after {steps} steps (levels of 255)"
     return sheet, (what, f"{diffusers()} FluxPipeline", f"{levels.max()}, mean {levels.float().mean():.2g}")
+
+
+def decoded(vae: Any, latents: Tensor) -> Tensor:
+    """uint8 images [B, 3, H, W] that diffusers' autoencoder makes of normalised latents [B, 16, h, w]."""
+    image = vae.decode(latents / vae.config.scaling_factor + vae.config.shift_factor).sample
+    return ((image.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
 
 def page(
@@ -290,7 +303,7 @@ def page(
     losses: list[tuple[float, float, float]],
     golden: list[Row],
 ) -> str:
-    command = " ".join(["python benchmarks/parity.py", *sys.argv[1:]])
+    command = shlex.join(["python", "benchmarks/parity.py", *sys.argv[1:]])
     where = torch.cuda.get_device_name() if setup.device.type == "cuda" else f"CPU ({platform.machine()})"
     lines = [
         "# Parity",

@@ -1,9 +1,12 @@
 """The command that compares with diffusers: it writes its page, and its figures are small."""
 
+import importlib
 import os
 import re
 import subprocess
 import sys
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -39,6 +42,7 @@ def test_the_page_is_written_and_its_differences_are_small(tmp_path):
     subprocess.run(command, cwd=ROOT, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
 
     page = (tmp_path / "parity.md").read_text()
+    assert "--prompts 'red apple' dog --out" in page
     assert Image.open(tmp_path / "parity.png").size[0] > 300
     velocities = re.findall(r"\| velocity.* \| (\S+) of (\S+) \|", page)
     assert len(velocities) == 2
@@ -48,3 +52,27 @@ def test_the_page_is_written_and_its_differences_are_small(tmp_path):
     assert all(float(difference) < 1e-5 * float(ours) for ours, _, difference in losses)
     (levels,) = re.findall(r"levels of 255.* \| (\d+), mean", page)
     assert int(levels) <= 1
+
+
+def test_a_wrong_path_is_a_sentence(tmp_path):
+    command = [sys.executable, "benchmarks/parity.py", str(tmp_path / "gone"), "--out", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, check=False, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith(f"{tmp_path}/gone: there is no such file or folder")
+    assert "Traceback" not in done.stderr
+
+
+def test_the_lower_row_comes_from_diffusers_autoencoder():
+    """Of latents in the autoencoder's own scale, with the rounding of bytes."""
+    parity = pytest.importorskip("diffusers") and load_script()
+    config = SimpleNamespace(scaling_factor=2.0, shift_factor=0.5)
+    vae = SimpleNamespace(config=config, decode=lambda z: SimpleNamespace(sample=z))
+    assert parity.decoded(vae, torch.tensor([-3.0, -1.0, 0.0, 9.0])).tolist() == [0, 128, 191, 255]
+
+
+def load_script() -> Any:
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    try:
+        return importlib.import_module("parity")
+    finally:
+        sys.path.pop(0)
