@@ -21,6 +21,8 @@ def main(argv: Sequence[str]) -> int:
         print(f"flux-trainer convert: there is no file or folder {args.source.absolute()}", file=sys.stderr)
         return 2
     signal.signal(signal.SIGTERM, _interrupt)
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup's wish
+        signal.signal(signal.SIGHUP, _interrupt)
     try:
         return _convert(args)
     except KeyboardInterrupt:
@@ -76,15 +78,17 @@ def _convert(args: argparse.Namespace) -> int:
         place = locate(args.source)
         weights = open_weights(place, config=config, ema=args.ema, ahead=True)
         print(f"{place.path}: {weights.describe()}", file=sys.stderr)
-        if place.kind == "checkpoint":
-            print("checking its hashes ...", file=sys.stderr)
-            verify(place.path)
         progress = Progress()
+
+        def check() -> None:
+            if place.kind == "checkpoint":
+                print("checking its hashes ...", file=sys.stderr)
+                verify(place.path)
 
         def show(done: int, total: int) -> None:
             progress.show(done, total, f"{done / 1e9:.3g} of {total / 1e9:.3g} GB")
 
-        convert(weights, args.target, args.to, dtype, overwrite=args.overwrite, progress=show)
+        convert(weights, args.target, args.to, dtype, overwrite=args.overwrite, progress=show, before=check)
         progress.close()
     except (CheckpointError, OSError, ValueError) as error:
         print(f"flux-trainer convert: {error}", file=sys.stderr)

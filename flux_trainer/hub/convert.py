@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from functools import reduce
 from math import prod
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,22 +16,19 @@ from flux_trainer.checkpoint import commit
 from flux_trainer.checkpoint.load import STATE
 from flux_trainer.checkpoint.metadata import METADATA
 from flux_trainer.checkpoint.tensors import stream_tensors
+from flux_trainer.hub.detect import STEM
 from flux_trainer.hub.errors import WeightsError
 from flux_trainer.hub.safetensors_files import INDEX_SUFFIX
 from flux_trainer.hub.source import Extent, Stored
+from flux_trainer.hub.target import Format, check_target, existing_parent, replacing
 from flux_trainer.hub.weights import NOTE, Weights, note
-from flux_trainer.hub.write import check_target, replacing, write_safetensors
+from flux_trainer.hub.write import write_safetensors
 from flux_trainer.models import keys
 from flux_trainer.runtime.files import ensure_space, sync, write_json
-
-Format = Literal["bfl", "diffusers", "dcp", "torchtitan"]
-"""bfl: one file. diffusers: a folder with config.json. dcp: a checkpoint (step-N) of this trainer, without an
-optimizer. torchtitan: DCP with torchtitan's names."""
 
 SHARD = 5_000_000_000  # bytes of a file in a diffusers folder, unless one tensor is larger
 
 _BLOCK = 8 * 2**20  # bytes that are read, cast and written at once
-_STEM = "diffusion_pytorch_model"
 
 Progress = Callable[[int, int], None]
 """Called with the bytes written so far, and all there are."""
@@ -70,14 +68,8 @@ class Conversion:
                     yield cast(values, stored.dtype, name).contiguous(), extent if same else None
 
     def whole(self, name: str) -> Tensor:
-        """The tensor."""
+        """The tensor, cast block by block: a source may hold another whole one beside it, and no more."""
         stored = self.tensors[name]
-        if len(self._parts[name]) == 1:
-            ((native, run),) = self._parts[name]
-            pieces = [values for values, _ in self.weights.rows(native, run.native, run.length)]
-            if len(pieces) == 1 and pieces[0].untyped_storage().nbytes() == pieces[0].nbytes:
-                # No copy: it has a storage of its own.
-                return cast(pieces[0], stored.dtype, name).view(stored.shape)
         tensor = torch.empty(stored.shape, dtype=stored.dtype)
         flat, done = tensor.view(-1), 0
         for block, _ in self.blocks(name):
@@ -86,14 +78,15 @@ class Conversion:
         return tensor
 
     def _kept_dtype(self, name: str) -> torch.dtype:
-        """The widest of the tensors that it is made of."""
-        widest: torch.dtype | None = None
+        """The narrowest that holds the values of all tensors that it is made of."""
+        found: set[torch.dtype] = set()
         for native, run in self._parts[name]:
             for there in self.weights.entries[native].within(run.native, run.native + run.length):
-                dtype = self.weights.source.tensors[self.weights.names[there.name]].dtype
-                widest = dtype if widest in (None, dtype) else torch.promote_types(widest, dtype)
-        assert widest is not None
-        return widest
+                found.add(self.weights.source.tensors[self.weights.names[there.name]].dtype)
+        if len(found) == 1:
+            return found.pop()
+        # torch promotes no float8, whose values every wider dtype holds.
+        return reduce(torch.promote_types, {d for d in found if d.itemsize > 1} or {torch.bfloat16})
 
 
 def cast(values: Tensor, dtype: torch.dtype, name: str) -> Tensor:
@@ -121,6 +114,7 @@ def convert(
     overwrite: bool = False,
     shard: int = SHARD,
     progress: Progress = lambda done, total: None,
+    before: Callable[[], object] = lambda: None,
 ) -> None:
     """Write `weights` in another format at `target`, which appears when all of it is on the disk, or never.
 
@@ -129,19 +123,20 @@ def convert(
         dtype: of all tensors; None: each keeps its own.
         overwrite: replace weights that are at `target` already.
         shard: bytes of a file in diffusers' layout.
+        before: called when nothing is left that `target` could be refused for; nothing is written by then.
 
     Raises:
-        WeightsError: `target` is taken, or the format or dtype cannot hold these weights.
+        WeightsError: `target` is taken or unfit, or the format or dtype cannot hold these weights.
         OSError: it cannot be written; a disk that is too full is noticed before anything is written.
     """
-    target = Path(target)
+    target = check_target(Path(target), to, overwrite)
     layout: keys.Layout = "diffusers" if to == "diffusers" else "torchtitan" if to == "torchtitan" else "bfl"
-    _refuse(weights, target, to)
     config_json = _diffusers_config(weights) if to == "diffusers" else {}
-    check_target(target, overwrite)
+    if to == "torchtitan":
+        _refuse_torchtitan(weights)
     plan = Conversion(weights, layout, dtype)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    ensure_space(target.parent, plan.nbytes + 4096 * len(plan.tensors))
+    ensure_space(existing_parent(target), plan.nbytes + 4096 * len(plan.tensors))
+    before()
     done = 0
 
     def tell(count: int) -> None:
@@ -150,7 +145,7 @@ def convert(
         progress(done, plan.nbytes)
 
     metadata = {NOTE: json.dumps(note(weights.config))}
-    with replacing(target, overwrite) as path:
+    with replacing(target) as path:
         if to == "bfl":
             write_safetensors(path, plan.tensors, plan.blocks, metadata, tell)
         elif to == "diffusers":
@@ -169,14 +164,10 @@ def convert(
                     sync(file)
 
 
-def _refuse(weights: Weights, target: Path, to: Format) -> None:
-    if to == "bfl" and target.suffix != ".safetensors":
-        raise WeightsError(f"{target}: the name of a file in BFL's layout must end in .safetensors.")
-    if to != "bfl" and target.suffix == ".safetensors":
-        raise WeightsError(f"{target}: {to} is a folder; its name cannot end in .safetensors.")
-    if to == "torchtitan" and not weights.family.in_torchtitan:
+def _refuse_torchtitan(weights: Weights) -> None:
+    if not weights.family.in_torchtitan:
         raise WeightsError(f"torchtitan has no {weights.family.title}. Write --to dcp, bfl or diffusers.")
-    if to == "torchtitan" and (lost := [name for name in weights.entries if name.startswith("guidance_in.")]):
+    if lost := [name for name in weights.entries if name.startswith("guidance_in.")]:
         raise WeightsError(
             f"torchtitan's FLUX model has no guidance embedding, so {len(lost)} tensors of these weights "
             "(guidance_in) would be lost there. Write --to dcp, bfl or diffusers."
@@ -202,15 +193,15 @@ def _write_shards(
             size = 0
         shards[-1][name] = stored
         size += stored.nbytes
-    names = [f"{_STEM}-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
+    names = [f"{STEM}-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
     if len(shards) == 1:
-        names = [f"{_STEM}.safetensors"]
+        names = [f"{STEM}.safetensors"]
     for name, tensors in zip(names, shards, strict=True):
         write_safetensors(path / name, tensors, plan.blocks, metadata, tell)
     if len(shards) > 1:
         weight_map = {name: file for file, tensors in zip(names, shards, strict=True) for name in tensors}
         index = {"metadata": {"total_size": plan.nbytes}, "weight_map": weight_map}
-        write_json(path / f"{_STEM}{INDEX_SUFFIX}", index)
+        write_json(path / f"{STEM}{INDEX_SUFFIX}", index)
 
 
 def _write_dcp(path: Path, plan: Conversion, tell: Callable[[int], None]) -> None:

@@ -15,8 +15,10 @@ from flux_trainer.hub.safetensors_files import INDEX_SUFFIX
 
 CONFIG = "config.json"
 PIPELINE = "model_index.json"
+STEM = "diffusion_pytorch_model"
+"""What diffusers calls the files of weights; `CONFIG` beside them is theirs."""
 
-_PICKLES = {".pt", ".pth", ".bin", ".ckpt", ".pkl"}
+PICKLES = {".pt", ".pth", ".bin", ".ckpt", ".pkl"}
 
 
 @dataclass(frozen=True)
@@ -75,10 +77,15 @@ def config_beside(place: Place) -> tuple[Path, dict[str, Any]] | None:
     return file, values
 
 
+def belongs(config: Path, place: Place) -> bool:
+    """Whether a file that `config_beside` found can be of no other model than the weights beside it."""
+    return config.name != CONFIG or place.path.name.startswith(STEM)
+
+
 def _file(path: Path) -> Place:
     if path.name == METADATA or path.suffix == ".distcp":
         return locate(path.parent)
-    if path.suffix in _PICKLES:
+    if path.suffix in PICKLES:
         raise WeightsError(
             f"{path} is a pickle, which can run any code when it is read, and is not opened. "
             "Fetch the safetensors file of the same weights."
@@ -113,7 +120,7 @@ def _component(path: Path, component: Component) -> Place:
             return Place("safetensors", (plain or found)[0])
         if found:
             raise WeightsError(f"{path} has {', '.join(file.name for file in found)}: name one of them.")
-    if pickles := sorted(file.name for file in path.iterdir() if file.suffix in _PICKLES):
+    if pickles := sorted(file.name for file in path.iterdir() if file.suffix in PICKLES):
         return _file(path / pickles[0])
     raise WeightsError(
         f"{path} has no weights of a {component}: no safetensors file, no {METADATA} of a checkpoint, no "

@@ -11,10 +11,11 @@ import torch.distributed as dist
 
 from flux_trainer.checkpoint.errors import on_first
 from flux_trainer.config.schema import Checkpoint
-from flux_trainer.hub.convert import Format, convert
+from flux_trainer.hub.convert import convert
 from flux_trainer.hub.detect import Place
 from flux_trainer.hub.errors import WeightsError
 from flux_trainer.hub.families import family_of
+from flux_trainer.hub.target import Format
 from flux_trainer.hub.weights import open_weights
 from flux_trainer.runtime.log import logger
 

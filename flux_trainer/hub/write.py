@@ -1,4 +1,4 @@
-"""Writing weights without holding them: safetensors as a stream, under a name that appears at the end."""
+"""Writing weights without holding them: safetensors as a stream."""
 
 from __future__ import annotations
 
@@ -6,20 +6,15 @@ import errno
 import json
 import os
 import queue
-import shutil
 import threading
-import uuid
 import zlib
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from flux_trainer.hub.errors import WeightsError
 from flux_trainer.hub.source import NAMES, Extent, Stored
-from flux_trainer.runtime.files import sync
 
 CHECKSUM = "flux_trainer_crc32"
 """Key of the metadata with the CRC-32 of all bytes after the header, in hex: it finds damage, not forgery.
@@ -29,65 +24,9 @@ SHA-256 would find no more of it and take longer than the copying itself."""
 _BLANK = "0" * 8
 _NO_COPY = {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM, errno.EBADF}
 _CHUNK = 8 * 2**20
-# Names of the files that convert writes, by which a folder is known as one that may be replaced.
-_OURS = (
-    "config.json",
-    "manifest.json",
-    "state.json",
-    ".metadata",
-    "*.safetensors",
-    "*.index.json",
-    "*.distcp",
-)
 
 Blocks = Callable[[str], Iterator[tuple[Tensor, Extent | None]]]
 """The rows of the named tensor in order, block by block, and where a file has the same bytes, if one does."""
-
-
-@contextmanager
-def replacing(target: Path, overwrite: bool) -> Iterator[Path]:
-    """A passing name beside `target`: renamed to it when the body ends, deleted when it fails.
-
-    The body writes a file or a folder there, and has put the files on the disk.
-
-    Raises:
-        WeightsError: something is at `target` that may not be replaced.
-    """
-    check_target(target, overwrite)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    token = uuid.uuid4().hex[:8]
-    passing = target.with_name(f".{target.name}.tmp-{token}")
-    try:
-        yield passing
-        sync(passing)
-        if target.is_dir():
-            old = target.with_name(f".{target.name}.old-{token}")
-            target.rename(old)
-            passing.rename(target)
-            shutil.rmtree(old)
-        else:
-            passing.replace(target)
-        sync(target.parent)
-    finally:
-        if passing.is_dir():
-            shutil.rmtree(passing, ignore_errors=True)  # the error itself matters more
-        else:
-            passing.unlink(missing_ok=True)
-
-
-def check_target(target: Path, overwrite: bool) -> None:
-    """Raise WeightsError unless something may be written at `target`."""
-    if not target.exists():
-        return
-    if not overwrite:
-        raise WeightsError(f"{target} exists already. Choose another name, or add --overwrite to replace it.")
-    if target.is_dir():
-        strange = sorted(file.name for file in target.iterdir() if not any(map(file.match, _OURS)))
-        if strange:
-            raise WeightsError(
-                f"{target} holds more than weights ({', '.join(strange[:5])}), so it is not replaced as a "
-                "whole. Choose another name."
-            )
 
 
 def header(tensors: Mapping[str, Stored], metadata: Mapping[str, str]) -> bytes:

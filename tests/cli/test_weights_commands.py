@@ -149,6 +149,15 @@ def test_convert_does_not_take_a_damaged_checkpoint(tmp_path, config, capsys):
     assert not (tmp_path / "x.safetensors").exists()
 
 
+def test_a_taken_target_is_said_before_the_hashing(tmp_path, config, capsys):
+    source = weights_files.own(tmp_path)
+    (tmp_path / "x.safetensors").write_text("taken")
+    assert main(["convert", str(source), str(tmp_path / "x.safetensors"), "--config", str(config)]) == 1
+    said = capsys.readouterr().err
+    assert "exists already" in said
+    assert "hashes" not in said
+
+
 def test_verify_looks_at_each_part_of_a_pipeline(tmp_path, capsys):
     folder = weights_files.diffusers(tmp_path)
     (folder / "vae").mkdir()
@@ -177,7 +186,9 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
-@pytest.mark.parametrize(("number", "name"), [(signal.SIGTERM, "x"), (signal.SIGINT, "x.safetensors")])
+@pytest.mark.parametrize(
+    ("number", "name"), [(signal.SIGTERM, "x"), (signal.SIGINT, "x.safetensors"), (signal.SIGHUP, "x")]
+)
 def test_an_interrupted_conversion_leaves_nothing(number, name, tmp_path, config):
     source, folder = weights_files.bfl(tmp_path), tmp_path / "out"
     folder.mkdir()
@@ -257,3 +268,28 @@ def test_memory_is_for_a_few_tensors(tmp_path):
         used = int(done.stdout)
         print(f"{source} -> {target}: {used / 1e6:.0f} MB, largest tensor {largest / 1e6:.0f} MB")
         assert used < 2 * largest + 100e6, (source, target)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_memory_while_a_large_tensor_is_cast(tmp_path):
+    """From DCP to DCP, which read and write tensors as a whole; the largest has 183 MB in float32."""
+    import dataclasses
+
+    from flux_trainer.hub.families import FLUX1
+    from flux_trainer.models.registry import FLAVORS
+
+    config = dataclasses.replace(
+        FLAVORS["flux-schnell"], hidden_size=2560, num_heads=20, depth=0, depth_single_blocks=2
+    )
+    weights = {name: torch.randn(shape) for name, shape in FLUX1.shapes(config).items()}
+    largest = max(x.nbytes for x in weights.values())
+    assert sum(x.nbytes for x in weights.values()) > 1.5 * (2 * largest + 100e6)
+    save_file(weights, tmp_path / "a.safetensors")
+    del weights
+    for words in (("a.safetensors", "d", "dcp", "keep"), ("d", "h", "torchtitan", "bfloat16")):
+        done = subprocess.run(
+            [sys.executable, "-c", MEASURE, *words], capture_output=True, text=True, check=True, cwd=tmp_path
+        )
+        print(f"{words}: {int(done.stdout) / 1e6:.0f} MB, largest tensor {largest / 1e6:.0f} MB")
+        assert int(done.stdout) < 2 * largest + 100e6, words
