@@ -460,7 +460,7 @@ def interrupted(folder: Path, out: Path) -> tuple[int, list[str]]:
 def test_ctrl_c_is_one_line(run, tmp_path):
     [(status, lines)] = run_ranks(1, interrupted, run[0], tmp_path)
     assert status == 130
-    assert lines[-1].endswith("Interrupted.")
+    assert lines[-1].endswith(" ERROR    Interrupted.")  # by `exit_status`, which tells the other ranks
     assert not any("Traceback" in line for line in lines)
     assert list(tmp_path.iterdir()) == []
 

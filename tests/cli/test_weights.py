@@ -182,6 +182,12 @@ def test_damage_is_a_sentence(tmp_path):
         find_weights(str(tmp_path / "a.safetensors.index.json"))
 
 
+def test_a_config_of_something_else_beside_a_file_is_none_of_its_own(tmp_path):
+    write_header(tmp_path / "a.safetensors", shapes_of("flux-tiny", "bfl"))
+    (tmp_path / "config.json").write_text('{"model_type": "t5", "d_model": 4096}')
+    assert find_weights(str(tmp_path / "a.safetensors")).flavors == ["flux-tiny"]
+
+
 def test_folders_with_several_files_want_one_named(tmp_path):
     for name in ("a", "b"):
         write_header(tmp_path / f"{name}.safetensors", shapes_of("flux-tiny", "bfl"))
