@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import io
 import pickle
+from itertools import islice
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -89,6 +90,37 @@ def _check_table(table: Any) -> None:
             raise CheckpointError("its list of places is broken")
         if Path(place.relative_path).name != place.relative_path:
             raise CheckpointError(f"{index.fqn} lies outside the folder, at {place.relative_path!r}")
+
+
+def is_whole(table: metadata.Metadata, name: str) -> bool:
+    """Whether the chunks of a tensor lie somewhere and cover it, each element once."""
+    entry = table.state_dict_metadata[name]
+    assert isinstance(entry, metadata.TensorStorageMetadata)
+    chunks = [chunk for chunk in entry.chunks if chunk.sizes.numel()]
+    if any(not len(chunk.offsets) == len(chunk.sizes) == len(entry.size) for chunk in chunks):
+        return False
+    boxes = [[(start, start + n) for start, n in zip(c.offsets, c.sizes, strict=True)] for c in chunks]
+    return (
+        sum(chunk.sizes.numel() for chunk in chunks) == entry.size.numel()
+        and all(0 <= a <= b <= n for box in boxes for (a, b), n in zip(box, entry.size, strict=True))
+        and all(metadata.MetadataIndex(name, chunk.offsets) in table.storage_data for chunk in chunks)
+        and not _overlap(boxes)
+    )
+
+
+def _overlap(boxes: list[list[tuple[int, int]]]) -> bool:
+    """Whether any two boxes, given as (start, stop) of each dimension, share an element."""
+    if len(boxes) < 2:
+        return False
+    cut = max(range(len(boxes[0])), key=lambda dim: len({box[dim] for box in boxes}))
+    boxes = sorted(boxes, key=lambda box: box[cut])
+    for i, box in enumerate(boxes):
+        for other in islice(boxes, i + 1, None):
+            if other[cut][0] >= box[cut][1]:
+                break  # nor can those after it
+            if all(a < d and c < b for (a, b), (c, d) in zip(box, other, strict=True)):
+                return True
+    return False
 
 
 class SafeReader(filesystem.FileSystemReader):

@@ -8,7 +8,6 @@ parts these are.
 from __future__ import annotations
 
 import hashlib
-import math
 import warnings
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, nullcontext
@@ -27,7 +26,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
 from flux_trainer.checkpoint.errors import CheckpointError, together
-from flux_trainer.checkpoint.metadata import SafeReader, read_metadata
+from flux_trainer.checkpoint.metadata import SafeReader, is_whole, read_metadata
 from flux_trainer.checkpoint.plan import ReadPlan, StreamPlan, Tensors, WritePlan, layout_of, parts_of
 from flux_trainer.runtime.dist import all_gather, peers_alive
 from flux_trainer.runtime.layout import WHOLE, Layouts, local, native_shape
@@ -137,9 +136,9 @@ def read_tensors(
 
 def _misfits(path: Path, tensors: Tensors, layouts: Layouts) -> list[str]:
     problems = []
-    saved = read_metadata(path).state_dict_metadata
+    table = read_metadata(path)
     for name, tensor in tensors.items():
-        entry = saved.get(name)
+        entry = table.state_dict_metadata.get(name)
         shape = native_shape(tensor, layout_of(name, tensor, layouts))
         if entry is None:
             problems.append(f"{name} is missing")
@@ -147,7 +146,7 @@ def _misfits(path: Path, tensors: Tensors, layouts: Layouts) -> list[str]:
             problems.append(f"{name} is not a tensor")
         elif entry.size != shape:
             problems.append(f"{name} has shape {list(entry.size)}, here {list(shape)}")
-        elif sum(math.prod(chunk.sizes) for chunk in entry.chunks) != shape.numel():
+        elif not is_whole(table, name):
             problems.append(f"{name} is incomplete")  # DCP would leave the rest as it is, without a word
     return problems
 

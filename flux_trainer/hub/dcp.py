@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorStorageMetadata
 
-from flux_trainer.checkpoint.metadata import METADATA, SafeReader, read_metadata
+from flux_trainer.checkpoint.metadata import METADATA, SafeReader, is_whole, read_metadata
 from flux_trainer.checkpoint.plan import Part, ReadPlan
 from flux_trainer.hub.errors import WeightsError
 from flux_trainer.hub.source import Extent, Stored
@@ -41,19 +41,15 @@ class DcpFolder:
         self._table = read_metadata(path)
         self._reader = SafeReader(path)
         self._reader.set_up_storage_reader(self._table, is_coordinator=True)
-        self.companions: list[str] = []
-        """Entries that are no tensors."""
         self.tensors: dict[str, Stored] = {}
         self._single: set[str] = set()  # tensors of one chunk
         problems = []
         for name, entry in self._table.state_dict_metadata.items():
-            if not isinstance(entry, TensorStorageMetadata):
-                self.companions.append(name)
-            elif name.startswith(prefix):
+            if isinstance(entry, TensorStorageMetadata) and name.startswith(prefix):
                 self.tensors[name.removeprefix(prefix)] = Stored(tuple(entry.size), entry.properties.dtype)
                 if len(entry.chunks) == 1:
                     self._single.add(name.removeprefix(prefix))
-                if sum(chunk.sizes.numel() for chunk in entry.chunks) != entry.size.numel():
+                if not is_whole(self._table, name):
                     problems.append(f"{name} is incomplete")
         needed: dict[str, int] = {}
         for place in self._table.storage_data.values():

@@ -113,6 +113,27 @@ def _read_flux2(values: Mapping[str, Any]) -> Flux2Config:
     )
 
 
+_COMMON = {  # what is built in, with or without a field for it
+    "act_fn": "silu",
+    "norm_num_groups": 32,
+    "mid_block_add_attention": True,
+}
+_FLUX1_AE = {
+    **_COMMON,
+    "latents_mean": None,
+    "latents_std": None,
+    "use_quant_conv": False,
+    "use_post_quant_conv": False,
+}
+_FLUX2_AE = {
+    **_COMMON,
+    "use_quant_conv": True,
+    "use_post_quant_conv": True,
+    "batch_norm_eps": LatentNorm.EPS,
+    "patch_size": [PATCH, PATCH],
+}
+
+
 def _write_sizes(config: AutoEncoderSizes, class_name: str) -> dict[str, Any]:
     """What both autoencoders have."""
     if config.ch_mult[0] != 1:
@@ -127,16 +148,16 @@ def _write_sizes(config: AutoEncoderSizes, class_name: str) -> dict[str, Any]:
         "up_block_types": ["UpDecoderBlock2D"] * len(config.ch_mult),
         "block_out_channels": [config.ch * mult for mult in config.ch_mult],
         "layers_per_block": config.num_res_blocks,
-        "act_fn": "silu",
         "latent_channels": config.z_channels,
-        "norm_num_groups": 32,
         "sample_size": config.resolution,
-        "mid_block_add_attention": True,
     }
 
 
 def _read_sizes(values: Mapping[str, Any]) -> dict[str, Any]:
     widths = values["block_out_channels"]
+    for kind, block in (("down", "DownEncoderBlock2D"), ("up", "UpDecoderBlock2D")):
+        if odd := set(values.get(f"{kind}_block_types", ())) - {block}:
+            raise ValueError(f"{kind}_block_types has {', '.join(odd)}; only {block} is known")
     return {
         "resolution": values.get("sample_size", 256),
         "in_channels": values["in_channels"],
@@ -153,31 +174,22 @@ def _write_autoencoder(config: AutoEncoderConfig) -> dict[str, Any]:
         **_write_sizes(config, "AutoencoderKL"),
         "scaling_factor": config.scale_factor,
         "shift_factor": config.shift_factor,
-        "latents_mean": None,
-        "latents_std": None,
         "force_upcast": True,
-        "use_quant_conv": False,
-        "use_post_quant_conv": False,
+        **_FLUX1_AE,
     }
 
 
 def _read_autoencoder(values: Mapping[str, Any]) -> AutoEncoderConfig:
-    for name in ("use_quant_conv", "use_post_quant_conv"):
-        if values.get(name, True):
-            raise ValueError(f"{name} is not false: this is no autoencoder of FLUX.1")
+    # diffusers' defaults of these two are not FLUX.1's values.
+    _expect({"use_quant_conv": True, "use_post_quant_conv": True, **values}, **_FLUX1_AE)
+    for name in ("scaling_factor", "shift_factor"):
+        if not isinstance(values[name], int | float):
+            raise ValueError(f"{name} is {values[name]}; it must be a number")
     return AutoEncoderConfig(
         **_read_sizes(values),
         scale_factor=values["scaling_factor"],
         shift_factor=values["shift_factor"],
     )
-
-
-_FLUX2_AE = {
-    "use_quant_conv": True,
-    "use_post_quant_conv": True,
-    "batch_norm_eps": LatentNorm.EPS,
-    "patch_size": [PATCH, PATCH],
-}
 
 
 def _write_autoencoder2(config: AutoEncoder2Config) -> dict[str, Any]:

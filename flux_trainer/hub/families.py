@@ -66,6 +66,12 @@ class Family:
         named = (*registry.FLAVORS.items(), *self.flavors.items())
         return next((name for name, known in named if known == config), "")
 
+    def claims(self, values: Mapping[str, Any]) -> bool:
+        """Whether a JSON object speaks of this family: it has fields of its configs, or diffusers' class."""
+        if "_class_name" in values:
+            return bool(values["_class_name"] == self.diffusers.class_name)
+        return set(values) <= self.fields_known
+
     def parse(self, values: Mapping[str, Any]) -> Any:
         """The config whose fields are `values`; ValueError or TypeError if they are not those of a config."""
         return self.config(**values)
@@ -145,14 +151,12 @@ def config_of(values: Mapping[str, Any], likely: Family | None = None) -> Any:
         ValueError: it describes none.
     """
     for family in sorted(FAMILIES, key=lambda f: (f is not likely, set(values) != f.fields_known)):
+        if not family.claims(values):
+            continue
         try:
-            if "_class_name" in values:
-                if values["_class_name"] == family.diffusers.class_name:
-                    return family.diffusers.read(values)
-            elif set(values) <= family.fields_known:
-                return family.parse(values)
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"it is no config of a {family.title}: {error}") from error
+            return family.diffusers.read(values) if "_class_name" in values else family.parse(values)
+        except (LookupError, TypeError, ArithmeticError) as error:
+            raise ValueError(f"it is no config of a {family.title}: {error!r}") from error
     raise ValueError(f"it has the fields {', '.join(values)}, which are those of no model")
 
 

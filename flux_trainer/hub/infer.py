@@ -6,6 +6,7 @@ those of the flavor that is equal in everything else.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -43,10 +44,11 @@ def flux2(shapes: Shapes, flavors: Mapping[str, Flux2Config]) -> Flux2Config | N
 
 
 def _fields(shapes: Shapes) -> dict[str, Any]:
-    """What both families have; KeyError where a parameter is not there."""
+    """What both families have; an error where a parameter is not there, or of no model's shape."""
     hidden, in_channels = shapes["img_in.weight"]
     # The last linear of an MLP has as many columns as the MLP is wide; a single block's, attention's first.
     mlp_hidden = (shapes.get("double_blocks.0.img_mlp.2.weight") or (0, 0))[1]
+    mlp_hidden = mlp_hidden or shapes["single_blocks.0.linear2.weight"][1] - hidden
     norm = (
         shapes.get("double_blocks.0.img_attn.norm.query_norm.scale")
         or shapes["single_blocks.0.norm.query_norm.scale"]
@@ -55,7 +57,7 @@ def _fields(shapes: Shapes) -> dict[str, Any]:
         "in_channels": in_channels,
         "context_in_dim": shapes["txt_in.weight"][1],
         "hidden_size": hidden,
-        "mlp_ratio": (mlp_hidden or shapes["single_blocks.0.linear2.weight"][1] - hidden) / hidden,
+        "mlp_ratio": ratio(mlp_hidden, hidden),
         "num_heads": hidden // norm[0],
         "depth": _blocks(shapes, "double_blocks"),
         "depth_single_blocks": _blocks(shapes, "single_blocks"),
@@ -69,12 +71,19 @@ def _config(
         found = fields()
         if found["hidden_size"] == found["num_heads"] * _HEAD:
             return kind(**found, **rotary)
-    except (KeyError, ValueError, IndexError):
+    except (LookupError, ValueError, ZeroDivisionError):  # a tensor is missing, or of no model's shape
         return None
     for flavor in flavors.values():
         if all(getattr(flavor, name) == value for name, value in found.items()):
             return flavor
     return None
+
+
+def ratio(mlp_hidden: int, hidden: int) -> float:
+    """An MLP's width as a config says it: the models take int(hidden * ratio), so a ratio that was rounded
+    down, as 15 / 22 is, would make it one too narrow."""
+    exact = mlp_hidden / hidden
+    return exact if int(hidden * exact) == mlp_hidden else math.nextafter(exact, math.inf)
 
 
 def _blocks(shapes: Shapes, kind: str) -> int:

@@ -10,10 +10,10 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -49,7 +49,7 @@ def read_header(path: Path) -> Header:
             raise _unreadable(path, "its first bytes are no header's length, or it is cut off")
         try:
             body = json.loads(file.read(length))
-            metadata = body.pop("__metadata__", {})
+            metadata = {str(k): str(v) for k, v in (body.pop("__metadata__", None) or {}).items()}
             records = {name: _record(record) for name, record in body.items()}
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise _unreadable(path, f"its header is damaged ({error})") from error
@@ -59,7 +59,7 @@ def read_header(path: Path) -> Header:
             raise WeightsError(
                 f"{path}: {name} has dtype {dtype}, which torch has no name for. Fetch a file in bfloat16."
             )
-        expected = torch.Size(shape).numel() * DTYPES[dtype].itemsize
+        expected = prod(shape) * DTYPES[dtype].itemsize
         if first != end or last - first != expected:
             raise _unreadable(path, f"{name} does not lie where its shape and dtype say")
         end = last
@@ -67,7 +67,7 @@ def read_header(path: Path) -> Header:
         raise _unreadable(path, f"it has {size} bytes and its header speaks of {8 + length + end}")
     tensors = {name: Stored(tuple(shape), DTYPES[dtype]) for name, (dtype, shape, _) in records.items()}
     offsets = {name: 8 + length + first for name, (_, _, (first, _)) in records.items()}
-    return Header(tensors, {str(k): str(v) for k, v in metadata.items()}, 8 + length, offsets)
+    return Header(tensors, metadata, 8 + length, offsets)
 
 
 def _record(record: Mapping[str, Any]) -> tuple[str, list[int], tuple[int, int]]:
@@ -75,7 +75,7 @@ def _record(record: Mapping[str, Any]) -> tuple[str, list[int], tuple[int, int]]
     numbers = [*record["shape"], first, last]
     if not all(isinstance(number, int) and number >= 0 for number in numbers):
         raise ValueError("a size or place is no whole number")
-    return record["dtype"], record["shape"], (first, last)
+    return str(record["dtype"]), record["shape"], (first, last)
 
 
 def _unreadable(path: Path, why: str) -> WeightsError:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ from flux_trainer.checkpoint.errors import CheckpointError
 from flux_trainer.checkpoint.load import verify as verify_checkpoint
 from flux_trainer.hub.dcp import DcpFolder
 from flux_trainer.hub.detect import PIPELINE, Place, locate
+from flux_trainer.hub.errors import WeightsError
 from flux_trainer.hub.families import Component
 from flux_trainer.hub.safetensors_files import SafetensorsFiles
 from flux_trainer.hub.weights import EMA, open_weights
@@ -38,23 +41,49 @@ def verify(path: str | Path, config: Any | None = None) -> list[Report]:
         config: which model it must be; found out if None.
     """
     path = Path(path).expanduser()
-    parts: list[Component] = ["transformer", "vae"]
-    if (path / PIPELINE).is_file() and any((path / part).is_dir() for part in parts):
-        return [_one(path / part, part, config) for part in parts if (path / part).is_dir()]
+    if (path / PIPELINE).is_file():
+        report = Report(path / PIPELINE)
+        with _noted(report):
+            if parts := _parts(path):
+                return [_one(path / part, part, config) for part in parts]
+        if report.problems:
+            return [report]
     return [_one(path, "transformer", config)]
+
+
+def _parts(pipeline: Path) -> list[Component]:
+    """Which of a pipeline's parts its list names, or are there."""
+    try:
+        listed = json.loads((pipeline / PIPELINE).read_bytes())
+        if not isinstance(listed, dict):
+            raise ValueError("it holds no object")
+    except ValueError as error:
+        raise WeightsError(f"{pipeline / PIPELINE} is no list of a pipeline's parts: {error}.") from error
+    known: list[Component] = ["transformer", "vae"]
+    left_out = (None, [None, None])  # how diffusers writes that a pipeline goes without a part
+    return [part for part in known if listed.get(part) not in left_out or (pipeline / part).is_dir()]
 
 
 def _one(path: Path, component: Component, config: Any | None) -> Report:
     report = Report(path)
-    try:
+    with _noted(report):
         place = locate(path, component)
         report.path = place.path
         report.facts["format"] = _FORMATS[place.kind]
+        with _noted(report):
+            report.facts["content"] = _content(place)
         report.facts |= dict(_model(place, component, config))
-        report.facts["content"] = _content(place)
-    except (CheckpointError, OSError) as error:
-        report.problems.append(str(error))
     return report
+
+
+@contextmanager
+def _noted(report: Report) -> Iterator[None]:
+    """Whatever is wrong inside becomes a problem of the report, once."""
+    try:
+        yield
+    except (CheckpointError, OSError) as error:
+        if str(error) not in report.problems:
+            report.problems.append(str(error))
 
 
 _FORMATS = {

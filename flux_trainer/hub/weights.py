@@ -13,7 +13,7 @@ from torch import Tensor
 from flux_trainer.checkpoint.load import NOT_MODEL, STATE
 from flux_trainer.hub.account import account
 from flux_trainer.hub.dcp import DcpFolder
-from flux_trainer.hub.detect import Place, config_beside, locate
+from flux_trainer.hub.detect import Place, belongs, config_beside, locate
 from flux_trainer.hub.errors import WeightsError, grouped
 from flux_trainer.hub.families import FAMILIES, Component, Family, config_of, family_of
 from flux_trainer.hub.safetensors_files import SafetensorsFiles
@@ -120,7 +120,7 @@ def open_weights(
     alike = [other for other in FAMILIES if other.component == family.component]
     if (other := recognise(place, source, component, alike)[0]) is not family:
         raise WeightsError(f"{place.path} holds a {other.title}, but {origin} is a {family.title}.")
-    names = _own_names(place, source, layout, prefix)
+    names = _own_names(place, source, family, prefix)
     if absent := [name for name in family.counters if name not in names]:
         source, names = Completed(source, absent), {**names, **{name: name for name in absent}}
     if config is None:
@@ -180,14 +180,16 @@ def recognise(
     return next(family for family in families if family.name == name), layout, prefix
 
 
-def _own_names(place: Place, source: Source, layout: keys.Layout, prefix: str) -> dict[str, str]:
-    """The layout's name -> the file's, of all tensors but known companions."""
-    names = {}
-    for name in source.tensors:
-        if name.startswith(prefix):
-            names[name.removeprefix(prefix)] = name
-        elif not name.startswith(_OF_A_PIPELINE):
-            names[name] = name
+def _own_names(place: Place, source: Source, family: Family, prefix: str) -> dict[str, str]:
+    """The layout's name -> the file's, of all tensors but those of a pipeline's other parts."""
+    companions = tuple(set(_OF_A_PIPELINE) - set(family.prefixes))
+    names: dict[str, str] = {}
+    for file in source.tensors:
+        if file.startswith(prefix) or not file.startswith(companions):
+            name = file.removeprefix(prefix)
+            if name in names:
+                raise WeightsError(f"{place.path} holds {name} twice: as {names[name]} and as {file}.")
+            names[name] = file
     return names
 
 
@@ -197,19 +199,17 @@ def stated_config(place: Place, source: Source, family: Family) -> tuple[Any, st
     Raises:
         WeightsError: it is no config of `family`.
     """
-    note, where = None, f"the config in {STATE}"
-    if place.kind == "checkpoint":
-        note = json.loads((place.path / STATE).read_text(encoding="utf-8")).get("model")
-    elif NOTE in source.metadata:
-        note, where = json.loads(source.metadata[NOTE]), "the config in its header"
+    where = f"the config in {STATE}" if place.kind == "checkpoint" else "the config in its header"
     try:
-        if note is not None:
+        if (note := _note_in(place, source)) is not None:
             if note["family"] != family.name:
                 raise ValueError(f"family {note['family']}")
             return family.parse(note["config"]), where
         if (beside := config_beside(place)) is not None:
             file, values = beside
             where = str(file)
+            if not (belongs(file, place) or family.claims(values)):
+                return None
             config = config_of(values, family)
             if family_of(config) is not family:
                 raise ValueError(f"it describes a {family_of(config).title}")
@@ -219,6 +219,16 @@ def stated_config(place: Place, source: Source, family: Family) -> tuple[Any, st
             f"{place.path} holds a {family.title}, but {where} cannot be used: {error}."
         ) from error
     return None
+
+
+def _note_in(place: Place, source: Source) -> Any | None:
+    """The `note` of a checkpoint or of a safetensors file; None if it has none."""
+    if place.kind != "checkpoint":
+        return json.loads(source.metadata[NOTE]) if NOTE in source.metadata else None
+    state = json.loads((place.path / STATE).read_bytes())
+    if not isinstance(state, dict):
+        raise ValueError("it holds no object")
+    return state.get("model")
 
 
 def _find_config(

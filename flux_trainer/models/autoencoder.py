@@ -34,6 +34,9 @@ class AutoEncoderSizes:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "ch_mult", tuple(self.ch_mult))  # a list when the config was read from JSON
+        sizes = (self.in_channels, self.ch, self.out_ch, self.num_res_blocks, self.z_channels, *self.ch_mult)
+        if not self.ch_mult or min(sizes) < 1:
+            raise ValueError(f"{self}: each of these sizes must be at least 1, and ch_mult have one.")
         if self.ch % 32:
             raise ValueError(
                 f"{type(self).__name__}.ch is {self.ch}, but GroupNorm has 32 groups: use a multiple of 32."
