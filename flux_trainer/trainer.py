@@ -26,6 +26,8 @@ from flux_trainer.config.toml import to_toml
 from flux_trainer.data.bad import BadSamples
 from flux_trainer.data.loader import TrainLoader
 from flux_trainer.data.samples import Batch
+from flux_trainer.hub import distilled
+from flux_trainer.hub.detect import locate
 from flux_trainer.hub.export import check_export, export
 from flux_trainer.hub.load import load_weights
 from flux_trainer.hub.weights import note
@@ -372,6 +374,9 @@ class Trainer(ABC):
             path, group = section.initial_load_path, self.world.checkpoint
             what = load_weights(path, parameters, group, self.layouts, config=self.architecture)
             logger.info(f"Started from weights: {what}")
+            told = distilled.warning(self.config.model.flavor) if self.world.rank == 0 else None
+            if told and locate(path).kind != "checkpoint":  # a run's own weights are what it made of them
+                logger.warning(told)
         else:
             for part in self.parallel.parts:
                 init_weights(part, distributions, self.config.debug.seed, self.layouts)

@@ -11,7 +11,9 @@ from torch import Tensor
 from flux_trainer.config.schema import Encoder
 from flux_trainer.encoders.choose import Kind, text_encoders
 from flux_trainer.encoders.text import Shard
+from flux_trainer.flow.latents import SPACES, LatentSpace
 from flux_trainer.hub.autoencoder import load_autoencoder
+from flux_trainer.models.autoencoder import AutoEncoderSizes
 
 
 @dataclass(frozen=True)
@@ -50,13 +52,18 @@ class Encoded:
 class Codec:
     """The frozen autoencoder: images as bytes to latents, and back."""
 
-    def __init__(self, section: Encoder, device: torch.device) -> None:
-        """Raises FileNotFoundError or ValueError where `section.autoencoder_path` holds none."""
+    def __init__(self, section: Encoder, device: torch.device, kind: Kind | None = None) -> None:
+        """`kind`: whose latents they must be.
+
+        Raises FileNotFoundError or ValueError where `section.autoencoder_path` holds no such autoencoder.
+        """
         self.device = device
         self.dtype: torch.dtype = getattr(torch, section.autoencoder_dtype)
         # Bytes become [-1, 1] and back in this dtype: bfloat16 would blur them.
         self._wide = torch.promote_types(self.dtype, torch.float32)
         autoencoder = load_autoencoder(section.autoencoder_path, self.dtype)
+        if kind is not None:
+            _check_latents(section, autoencoder.config, SPACES[kind.partition("-")[0]])
         self.autoencoder = autoencoder.to(device).eval().requires_grad_(False)
 
     @torch.no_grad()
@@ -78,6 +85,17 @@ class Codec:
         return ((image.clamp(-1.0, 1.0) + 1.0) * 127.5).round().to(torch.uint8)
 
 
+def _check_latents(section: Encoder, config: AutoEncoderSizes, space: LatentSpace) -> None:
+    """Raise ValueError unless the autoencoder's latents are those that the transformer takes."""
+    got, want = (config.latent_channels, config.downsampling), (space.channels, space.pixels)
+    if got != want:
+        raise ValueError(
+            f"encoder.autoencoder_path = {section.autoencoder_path!r} gives latents of {got[0]} channels at "
+            f"1/{got[1]} of the size, but the transformer takes {want[0]} at 1/{want[1]}: choose the "
+            "autoencoder that belongs to the flavor (FLUX.2 has one of its own)."
+        )
+
+
 class Encoders(Codec):
     """The autoencoder and the text encoders, frozen."""
 
@@ -91,7 +109,7 @@ class Encoders(Codec):
         context_in_dim: int | None = None,
     ) -> None:
         """See `text_encoders` for the arguments and the errors."""
-        super().__init__(section, device)
+        super().__init__(section, device, kind)
         self.text = text_encoders(section, kind, device, seed, shard, context_in_dim)
 
     @torch.no_grad()

@@ -25,7 +25,7 @@ def section(tmp_path_factory) -> Encoder:
         (folder / name).mkdir()
         (folder / name / "config.json").write_text(json.dumps({**values, **sizes}))
     path = folder / "ae.safetensors"
-    config = AutoEncoderConfig(ch=32, ch_mult=(1, 1, 1, 1), num_res_blocks=1, z_channels=4)
+    config = AutoEncoderConfig(ch=32, ch_mult=(1, 1, 1, 1), num_res_blocks=1, z_channels=16)
     torch.manual_seed(0)
     save_file(AutoEncoder(config).state_dict(), path)
     path.with_suffix(".json").write_text(json.dumps(asdict(config)))
@@ -53,17 +53,24 @@ def images() -> torch.Tensor:
     )
 
 
+def test_the_autoencoder_of_another_family_is_refused(section):
+    with pytest.raises(
+        ValueError, match="16 channels at 1/8 of the size, but the transformer takes 128 at 1/16"
+    ):
+        Encoders(section, CPU, seed=0, kind="flux2-klein")
+
+
 def test_latents_of_normalised_images(encoders, images):
     latents = encoders.encode_images(images)
     expected = encoders.autoencoder.encode((images.float() - 127.5) / 127.5)  # [0, 255] -> [-1, 1]
-    assert latents.shape == (2, 4, 4, 4)
+    assert latents.shape == (2, 16, 4, 4)
     torch.testing.assert_close(latents, expected)
     assert not latents.requires_grad
     assert not any(p.requires_grad for p in encoders.autoencoder.parameters())
 
 
 def test_noise_samples_the_posterior(encoders, images):
-    noise = torch.randn(2, 4, 4, 4)
+    noise = torch.randn(2, 16, 4, 4)
     latents = encoders.encode_images(images, noise)
     mean, logvar = encoders.autoencoder.moments(images.float() / 127.5 - 1)
     config = encoders.autoencoder.config
@@ -110,6 +117,6 @@ def test_dtypes(section, images):
     mixed = section.model_copy(update={"autoencoder_dtype": "float64", "dtype": "bfloat16"})
     encoders = Encoders(mixed, CPU, seed=0)
     no = torch.zeros(2, dtype=torch.bool)
-    encoded = encoders.encode(images, encoders.text.tokenize(["x", "y"]), no, no, torch.zeros(2, 4, 4, 4))
+    encoded = encoders.encode(images, encoders.text.tokenize(["x", "y"]), no, no, torch.zeros(2, 16, 4, 4))
     assert encoded.latents.dtype == torch.float64
     assert encoded.txt.dtype == encoded.vec.dtype == torch.bfloat16
