@@ -33,11 +33,11 @@ def test_a_run_leaves_files_for_others_and_another_starts_from_them(tmp_path):
     trainer.train()
     weights = parameters(trainer)
     folder = tmp_path / "run" / "export" / "step-2"
-    assert sorted(path.name for path in folder.iterdir()) == ["flux1.safetensors", "transformer"]
-    exported = load_file(folder / "flux1.safetensors")
+    assert sorted(path.name for path in folder.iterdir()) == ["flux-tiny.safetensors", "transformer"]
+    exported = load_file(folder / "flux-tiny.safetensors")
     assert exported.keys() == weights.keys()
     assert all(torch.equal(exported[name], x.float()) for name, x in weights.items())
-    for source in (folder / "transformer", folder / "flux1.safetensors", tmp_path / "run"):
+    for source in (folder / "transformer", folder / "flux-tiny.safetensors", tmp_path / "run"):
         other = TinyTrainer(
             tiny_config(
                 tmp_path, f"--checkpoint.initial_load_path={source}", f"--job.dump_folder={tmp_path}/new"
@@ -104,6 +104,6 @@ def run_two(folder, *flags):
 def test_two_ranks_export_what_one_does(tmp_path):
     tiny_config(tmp_path)
     weights, _ = run_ranks(2, run_two, tmp_path, "--checkpoint.export=bfl", "--checkpoint.async_mode=async")
-    exported = load_file(tmp_path / "run" / "export" / "step-2" / "flux1.safetensors")
+    exported = load_file(tmp_path / "run" / "export" / "step-2" / "flux-tiny.safetensors")
     assert all(torch.equal(exported[name], x.float()) for name, x in weights.items())
     assert set(keys.shapes(open_weights(tmp_path / "run").entries)) == exported.keys()
