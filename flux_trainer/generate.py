@@ -59,7 +59,7 @@ def draw_pictures(order: Order, config: JobConfig) -> None:
     ema = config.inference.ema
     # What can fail, before the minutes that the text encoders take.
     on_first(world.checkpoint, lambda: _look(order, model, ema))
-    codec = Codec(config.encoder, world.device)
+    codec = Codec(config.encoder, world.device, kind_of(model))
 
     rounds = share_out(requests, group.count, config.inference.local_batch_size)
 
