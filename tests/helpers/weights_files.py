@@ -18,6 +18,11 @@ from torch import Tensor
 
 from flux_trainer.checkpoint.manager import CheckpointManager
 from flux_trainer.config.schema import Checkpoint
+from flux_trainer.hub.convert import convert
+from flux_trainer.hub.families import family_of
+from flux_trainer.hub.weights import open_weights
+from flux_trainer.models.autoencoder import AutoEncoderConfig
+from flux_trainer.models.autoencoder2 import AutoEncoder2Config
 from flux_trainer.models.configs import Flux1Config, Flux2Config
 
 Name = Literal["flux1", "flux2"]
@@ -27,6 +32,41 @@ EPS = GOLDEN / "flux1_eps"
 CONFIG = Flux1Config(**json.loads((EPS / "config.json").read_text())["bfl"])
 CONFIG2 = Flux2Config(**json.loads((GOLDEN / "flux2_eps" / "config.json").read_text())["bfl"])
 CONFIGS = {"flux1": CONFIG, "flux2": CONFIG2}
+SMALL = {"ch": 32, "ch_mult": (1, 2), "num_res_blocks": 1, "z_channels": 2}
+SMALL_AE, SMALL_AE2 = AutoEncoderConfig(**SMALL), AutoEncoder2Config(**SMALL)
+
+
+def go(source, target, to, dtype=None, config=None, **options):
+    convert(open_weights(source, config=config, ahead=True), target, to, dtype, **options)
+    return target
+
+
+def same_files(left: Path, right: Path) -> bool:
+    """Whether two safetensors files hold the same bytes under the same names."""
+    a, b = load_file(left), load_file(right)
+    return a.keys() == b.keys() and all(
+        (a[n].dtype, a[n].shape) == (b[n].dtype, b[n].shape)
+        and torch.equal(a[n].reshape(-1).view(torch.uint8), b[n].reshape(-1).view(torch.uint8))
+        for n in a
+    )
+
+
+def random_file(config, path: Path, dtype) -> Path:
+    """A BFL file of a model with random weights, written by the safetensors library."""
+    save_file(random_weights(config, dtype), path)
+    return path
+
+
+def random_weights(config, dtype=torch.float32) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    family = family_of(config)
+    shapes = family.shapes(config)
+    weights = {
+        name: (0.1 * torch.randn(shape, generator=generator)).to(dtype) for name, shape in shapes.items()
+    }
+    weights |= {name: torch.tensor(1001) for name in family.counters}
+    weights |= {name: x.abs() + 0.1 for name, x in weights.items() if name.endswith("running_var")}
+    return weights
 
 
 def native(family: Name = "flux1") -> dict[str, Tensor]:

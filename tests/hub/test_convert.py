@@ -2,26 +2,23 @@
 
 import dataclasses
 import json
-import os
 import zlib
-from pathlib import Path
 
 import pytest
 import torch
 from helpers import golden, weights_files
+from helpers.weights_files import SMALL_AE, SMALL_AE2, go, random_file, same_files
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from flux_trainer.checkpoint.load import verify as verify_checkpoint
 from flux_trainer.hub import convert as convert_module
 from flux_trainer.hub import write
-from flux_trainer.hub.autoencoder import build, load_autoencoder, read_config
 from flux_trainer.hub.convert import convert
 from flux_trainer.hub.families import family_of
 from flux_trainer.hub.load import load_weights
 from flux_trainer.hub.safetensors_files import read_header
 from flux_trainer.hub.weights import open_weights
-from flux_trainer.models.autoencoder import AutoEncoderConfig
 from flux_trainer.models.autoencoder2 import AutoEncoder2Config
 from flux_trainer.models.configs import Flux2Config
 from flux_trainer.models.registry import FLAVORS
@@ -32,39 +29,6 @@ NARROW = {
     "flux1": {"vec_in_dim": 4, "context_in_dim": 4, "hidden_size": 8, "num_heads": 1, "axes_dim": (2, 2, 4)},
     "flux2": {"context_in_dim": 4, "hidden_size": 8, "num_heads": 1, "axes_dim": (2, 2, 2, 2)},
 }
-
-
-def go(source, target, to, dtype=None, config=None, **options):
-    convert(open_weights(source, config=config, ahead=True), target, to, dtype, **options)
-    return target
-
-
-def same_files(left: Path, right: Path) -> bool:
-    """Whether two safetensors files hold the same bytes under the same names."""
-    a, b = load_file(left), load_file(right)
-    return a.keys() == b.keys() and all(
-        (a[n].dtype, a[n].shape) == (b[n].dtype, b[n].shape)
-        and torch.equal(a[n].reshape(-1).view(torch.uint8), b[n].reshape(-1).view(torch.uint8))
-        for n in a
-    )
-
-
-def random_file(config, path: Path, dtype) -> Path:
-    """A BFL file of a model with random weights, written by the safetensors library."""
-    save_file(random_weights(config, dtype), path)
-    return path
-
-
-def random_weights(config, dtype=torch.float32) -> dict[str, torch.Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    family = family_of(config)
-    shapes = family.shapes(config)
-    weights = {
-        name: (0.1 * torch.randn(shape, generator=generator)).to(dtype) for name, shape in shapes.items()
-    }
-    weights |= {name: torch.tensor(1001) for name in family.counters}
-    weights |= {name: x.abs() + 0.1 for name, x in weights.items() if name.endswith("running_var")}
-    return weights
 
 
 @pytest.mark.parametrize(
@@ -99,8 +63,6 @@ def test_every_tensor_of_every_flavor_comes_back(flavor, dtype, tmp_path):
 
 
 SCHNELL = dataclasses.replace(weights_files.CONFIG, guidance_embed=False)
-SMALL = {"ch": 32, "ch_mult": (1, 2), "num_res_blocks": 1, "z_channels": 2}
-SMALL_AE, SMALL_AE2 = AutoEncoderConfig(**SMALL), AutoEncoder2Config(**SMALL)
 
 
 @pytest.mark.parametrize(
@@ -204,106 +166,6 @@ def test_diffusers_opens_flux2_and_computes_the_same(guided, tmp_path):
     assert (out - mine).abs().max() < 1e-5
     if guided:
         torch.testing.assert_close(mine, io["out"], atol=2e-5, rtol=1e-5)
-
-
-@torch.no_grad()
-def test_the_autoencoder_too(tmp_path):
-    from diffusers import AutoencoderKL
-
-    folder = GOLDEN / "flux1_ae"
-    config = AutoEncoderConfig(**json.loads((folder / "config.json").read_text())["bfl"])
-    target = go(folder / "weights_bfl.safetensors", tmp_path / "out", "diffusers", config=config)
-    theirs, info = AutoencoderKL.from_pretrained(target, output_loading_info=True)
-    assert not any(info.values()), info
-    assert theirs.config.scaling_factor == config.scale_factor
-    ours = build(config)
-    ours.load_state_dict(load_file(folder / "weights_bfl.safetensors"))
-    io = load_file(folder / "io.safetensors")
-    mean, _ = ours.moments(io["in.image"])
-    assert (theirs.encode(io["in.image"]).latent_dist.mean - mean).abs().max() < 1e-5
-    z = io["in.z2"] / config.scale_factor + config.shift_factor
-    assert (theirs.decode(z).sample - ours.decode(io["in.z2"])).abs().max() < 1e-5
-    back = go(target, tmp_path / "back.safetensors", "bfl")
-    assert same_files(folder / "weights_bfl.safetensors", back)
-    (tmp_path / "pipeline").mkdir()
-    (tmp_path / "pipeline" / "model_index.json").write_text("{}")
-    target.rename(tmp_path / "pipeline" / "vae")
-    for place in (tmp_path / "pipeline", tmp_path / "pipeline" / "vae", back):
-        loaded = load_autoencoder(place)
-        assert loaded.config == config
-        assert all(torch.equal(x, ours.state_dict()[name]) for name, x in loaded.state_dict().items())
-
-
-@torch.no_grad()
-def test_flux2s_autoencoder_too(tmp_path):
-    """With its statistics, and a count that no dtype is chosen for and diffusers' own files may lack."""
-    from diffusers import AutoencoderKLFlux2
-
-    weights = random_weights(SMALL_AE2)
-    save_file(weights, tmp_path / "ae.safetensors")
-    (tmp_path / "ae.json").write_text(json.dumps(dataclasses.asdict(SMALL_AE2)))
-    target = go(tmp_path / "ae.safetensors", tmp_path / "pipeline" / "vae", "diffusers")
-    theirs, info = AutoencoderKLFlux2.from_pretrained(target, output_loading_info=True)
-    assert not any(info.values()), info
-    (tmp_path / "pipeline" / "model_index.json").write_text("{}")
-    back = go(target, tmp_path / "back.safetensors", "bfl")
-    assert same_files(tmp_path / "ae.safetensors", back)
-    for place in (tmp_path / "ae.safetensors", tmp_path / "pipeline", target, back):
-        ours = load_autoencoder(place)
-        assert ours.config == SMALL_AE2
-        state = ours.state_dict()
-        assert state.keys() == weights.keys()
-        assert all(x.dtype == state[n].dtype and torch.equal(x, state[n]) for n, x in weights.items())
-    image = 2 * torch.rand(1, 3, 16, 24, generator=torch.Generator().manual_seed(0)) - 1
-    z = torch.randn(1, 2, 8, 12, generator=torch.Generator().manual_seed(1))
-    mean = torch.nn.functional.pixel_unshuffle(theirs.encode(image).latent_dist.mean, 2)
-    assert (theirs.bn.eval()(mean) - ours.encode(image)).abs().max() < 1e-5
-    latents = theirs.bn(torch.nn.functional.pixel_unshuffle(z, 2))
-    assert (theirs.decode(z).sample - ours.decode(latents)).abs().max() < 1e-5
-
-    low = go(target, tmp_path / "low.safetensors", "bfl", torch.bfloat16)
-    held = load_file(low)
-    assert torch.equal(held.pop("bn.num_batches_tracked"), torch.tensor(1001))
-    assert {x.dtype for x in held.values()} == {torch.bfloat16}
-    assert load_autoencoder(low, torch.float32).bn.num_batches_tracked == 1001
-    assert "bfloat16" in (said := open_weights(low, "vae").describe())
-    assert "int64" not in said
-
-    file = target / "diffusion_pytorch_model.safetensors"
-    without = load_file(file)
-    del without["bn.num_batches_tracked"]
-    save_file(without, file)
-    assert load_autoencoder(target).bn.num_batches_tracked == 0
-    assert torch.equal(load_autoencoder(target).bn.running_var, weights["bn.running_var"])
-    again = load_file(go(target, tmp_path / "again.safetensors", "bfl"))
-    zero = again["bn.num_batches_tracked"]
-    assert (zero.dtype, zero.shape, zero.item()) == (torch.int64, (), 0)
-    assert torch.equal(load_file(target_of_dcp(again, tmp_path))["bn.num_batches_tracked"], zero)
-
-
-def target_of_dcp(weights, folder):
-    """The weights through a checkpoint."""
-    save_file(weights, folder / "x.safetensors")
-    go(folder / "x.safetensors", folder / "step-0", "dcp", torch.bfloat16, SMALL_AE2)
-    return go(folder / "step-0", folder / "y.safetensors", "bfl")
-
-
-@pytest.mark.parametrize("name", ["flux1-ae", "flux2-ae"])
-def test_published_autoencoders_are_told_by_their_names(name, tmp_path):
-    """Files of the published sizes, without any config, and without content."""
-    shapes, place, end = golden.key_maps()[name]["native"], {}, 0
-    shapes = {n: shape for n, shape in shapes.items() if n != "bn.num_batches_tracked"}
-    for key, shape in shapes.items():
-        size = 4 * torch.Size(shape).numel()
-        place[key] = {"dtype": "F32", "shape": shape, "data_offsets": [end, end + size]}
-        end += size
-    header, path = json.dumps(place).encode(), tmp_path / "ae.safetensors"
-    path.write_bytes(len(header).to_bytes(8, "little") + header)
-    os.truncate(path, 8 + len(header) + end)
-    published = AutoEncoderConfig() if name == "flux1-ae" else AutoEncoder2Config()
-    assert read_config(path, None) == published
-    assert open_weights(path, "vae").config == published
-    assert read_config(tmp_path / "nothing", published) is published
 
 
 def test_the_checkpoint_it_writes_starts_a_run(tmp_path):
