@@ -27,7 +27,6 @@ from flux_trainer.data.bad import BadSamples
 from flux_trainer.data.loader import TrainLoader
 from flux_trainer.data.samples import Batch
 from flux_trainer.hub import distilled
-from flux_trainer.hub.detect import locate
 from flux_trainer.hub.export import check_export, export
 from flux_trainer.hub.load import load_weights
 from flux_trainer.hub.weights import note
@@ -84,12 +83,10 @@ class Trainer(ABC):
         self.mesh = build_mesh(config.parallelism, self.world.size, self.device.type, patience)
         self.world.set_timeout(patience)  # of FSDP's groups, too
         peers.introduce(self.mesh.place(STAGES_PER_RANK[config.parallelism.pipeline_parallel_schedule]))
-        self.step = 0
-        self.samples_seen = 0  # position in the run's sample order
+        self.step = self.samples_seen = 0  # the latter is the position in the run's sample order
 
-        training = config.training
+        training, groups = config.training, self.mesh.size(*DATA)
         self.compute_dtype: torch.dtype = getattr(torch, training.mixed_precision_param)
-        groups = self.mesh.size(*DATA)
         self.global_batch_size = global_batch_size(training, groups)
         if self.mesh.pp:
             count = micro_batches(training, groups)
@@ -374,8 +371,7 @@ class Trainer(ABC):
             path, group = section.initial_load_path, self.world.checkpoint
             what = load_weights(path, parameters, group, self.layouts, config=self.architecture)
             logger.info(f"Started from weights: {what}")
-            told = distilled.warning(self.config.model.flavor) if self.world.rank == 0 else None
-            if told and locate(path).kind != "checkpoint":  # a run's own weights are what it made of them
+            if self.world.rank == 0 and (told := distilled.warning(self.config.model.flavor, path)):
                 logger.warning(told)
         else:
             for part in self.parallel.parts:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+from flux_trainer.hub.detect import locate
+
 _GUIDANCE = (
     "{name} was distilled to draw with a guidance value in place of classifier-free guidance. Training all "
     "weights undoes that. With flow.guidance = 1, the default, it becomes an undistilled model: draw from it "
@@ -22,9 +26,9 @@ _WARNINGS = {
 }
 
 
-def warning(flavor: str) -> str | None:
-    """What to tell who trains all published weights of a flavor; None if they are not distilled.
+def warning(flavor: str, path: str | Path) -> str | None:
+    """What to tell who trains all of a flavor's weights from `path`; None if they are not distilled ones.
 
-    Shapes do not tell klein's distilled weights from those of its base.
+    Shapes do not tell klein's distilled weights from those of its base; a run's own are what it made of them.
     """
-    return _WARNINGS.get(flavor)
+    return None if locate(path).kind == "checkpoint" else _WARNINGS.get(flavor)

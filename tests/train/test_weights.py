@@ -56,7 +56,7 @@ def test_full_training_of_distilled_weights_is_warned_of(tmp_path, caplog):
     for source in ("export/step-2/transformer", "checkpoint/step-2"):
         caplog.clear()
         with caplog.at_level("WARNING"), pytest.MonkeyPatch.context() as patch:
-            patch.setitem(distilled._WARNINGS, "flux-tiny", distilled.warning("flux-schnell"))
+            patch.setitem(distilled._WARNINGS, "flux-tiny", distilled._WARNINGS["flux-schnell"])
             start = f"--checkpoint.initial_load_path={tmp_path}/run/{source}"
             TinyTrainer(tiny_config(tmp_path, start, f"--job.dump_folder={tmp_path}/new"))
         said[source] = [record.message for record in caplog.records if "distilled" in record.message]
@@ -67,9 +67,9 @@ def test_every_distilled_flavor_has_its_recipe():
     published = [name for name in FLAVORS if not name.endswith(("debug", "tiny"))]
     for name in published:
         recipe = "flow.guidance = 1" if FLAVORS[name].guidance_embed else "undistilled"
-        assert recipe in distilled.warning(name)
-    assert "FLUX.2-klein-base-4B" in distilled.warning("flux2-klein-4b")
-    assert distilled.warning("flux-tiny") is None
+        assert recipe in distilled._WARNINGS[name]
+    assert "FLUX.2-klein-base-4B" in distilled._WARNINGS["flux2-klein-4b"]
+    assert "flux-tiny" not in distilled._WARNINGS
 
 
 def test_the_average_is_exported_on_request(tmp_path):
