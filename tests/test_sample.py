@@ -19,7 +19,8 @@ from flux_trainer.flow import rng
 from flux_trainer.flow.euler import euler
 from flux_trainer.flow.latents import FLUX1
 from flux_trainer.flow.timesteps import MU, schedule
-from flux_trainer.models.flux1 import Flux1Config, Flux1Model
+from flux_trainer.models.configs import Flux1Config, Flux2Config
+from flux_trainer.models.registry import model_class
 from flux_trainer.parallel.apply import Parallel
 from flux_trainer.parallel.mesh import DataGroup
 from flux_trainer.runtime.dist import World
@@ -31,31 +32,37 @@ CPU = torch.device("cpu")
 BASE = Request("a", width=96, height=64, steps=8, guidance=3.5, cfg_scale=1.0, seed=5)
 
 
-@pytest.fixture(scope="module")
-def velocity() -> Velocity:
-    config = Flux1Config(**json.loads((GOLDEN / "flux1_A/config.json").read_text())["bfl"])
-    model = Flux1Model(config)
-    model.load_state_dict(load_file(GOLDEN / "flux1_A/weights_bfl.safetensors"), strict=True)
+def golden_velocity(case: str, kind) -> Velocity:
+    config = kind(**json.loads((GOLDEN / case / "config.json").read_text())["bfl"])
+    model = model_class(config)(config)
+    model.load_state_dict(load_file(GOLDEN / case / "weights_bfl.safetensors"), strict=True)
     return Velocity(Parallel([model], {}, None, None), config, CPU)
 
 
-def test_golden_trajectory(velocity):
+@pytest.fixture(scope="module")
+def velocity() -> Velocity:
+    return golden_velocity("flux1_A", Flux1Config)
+
+
+@pytest.mark.parametrize(("case", "kind"), [("flux1_A", Flux1Config), ("flux2_C", Flux2Config)])
+def test_golden_trajectory(case, kind):
     """Each step's input, time and prediction, and where it ends, as BFL's."""
-    golden = load_file(GOLDEN / "sampling/flux1_A.safetensors")
-    noise = golden["in.noise_latents"]
+    velocity, golden = golden_velocity(case, kind), load_file(GOLDEN / f"sampling/{case}.safetensors")
+    noise, pooled, space = golden["in.noise_latents"], golden.get("in.y"), velocity.space
     features = {
-        text: TextFeatures(golden["in.txt"][i], golden["in.y"][i]) for i, text in enumerate(["a", "b"])
+        text: TextFeatures(golden["in.txt"][i], None if pooled is None else pooled[i])
+        for i, text in enumerate(["a", "b"])
     }
     batch = [replace(BASE, prompt=text, guidance=golden["guidance"].item()) for text in features]
     seen = []
 
     def predict(x, t, *others):
         v = velocity(x, t, *others)
-        seen.append({"model_in": FLUX1.pack(x), "t": t, "pred": FLUX1.pack(v)})
+        seen.append({"model_in": space.pack(x), "t": t, "pred": space.pack(v)})
         return v
 
     times = golden["timesteps"].tolist()
-    ours = schedule(4, MU["flux1"](24, 4))
+    ours = schedule(4, MU[velocity.config.family](space.pack(noise).shape[1], 4))
     assert ours == pytest.approx(times, abs=2e-7)  # which moves a prediction by up to 1e-4
     out = euler(guided(batch, features, predict, CPU, torch.float32), noise, times)
     for step, ours in enumerate(seen):
