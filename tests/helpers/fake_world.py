@@ -25,7 +25,7 @@ def fake_world(size: int, rank: int = 0) -> Iterator[None]:
     assert group is not None
     world = World(rank, 0, size, torch.device("cpu"), control=group, checkpoint=group)
     try:
-        with patch("flux_trainer.trainer.init_distributed", lambda timeout: world):
+        with patch("flux_trainer.trainer.init_distributed", lambda *_: world):
             yield
     finally:
         dist.destroy_process_group()
