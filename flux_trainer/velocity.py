@@ -15,6 +15,7 @@ from flux_trainer.encoders.text import Shard
 from flux_trainer.flow.latents import SPACES
 from flux_trainer.models.configs import ModelConfig
 from flux_trainer.models.registry import model_class
+from flux_trainer.models.widths import misfit
 from flux_trainer.parallel.apply import Parallel
 from flux_trainer.parallel.fsdp import shard
 from flux_trainer.parallel.mesh import Mesh
@@ -92,10 +93,7 @@ def check_features(config: JobConfig, text: TextEncoder, model: ModelConfig) -> 
         ("clip_encoder", text.vec_dim or 0, model.vec_in_dim),
     ):
         if got != want:
-            raise ValueError(
-                f"encoder.{key} = {getattr(config.encoder, key)!r} gives {got} features, but "
-                f"{config.model.flavor} takes {want}: choose the encoder that belongs to the flavor"
-            )
+            raise ValueError(misfit(config, key, got, want))
 
 
 def shared_encoder(mesh: Mesh) -> Shard:

@@ -68,7 +68,7 @@ class Codec:
 
     @torch.no_grad()
     def encode_images(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
-        """Latents [B, 16, H/8, W/8] of uint8 images [B, 3, H, W], in the autoencoder's dtype, on its device.
+        """Latents [B, C, h, w] (`LatentSpace.shape`) of uint8 [B, 3, H, W], in the autoencoder's dtype.
 
         With `noise` (standard normal, of the latents' shape) they are drawn from the posterior, without it
         they are its mean.
@@ -80,7 +80,7 @@ class Codec:
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """uint8 images [B, 3, H, W] of normalised latents [B, 16, H/8, W/8]; clamped to [-1, 1]."""
+        """uint8 images [B, 3, H, W] of normalised latents [B, C, h, w]; clamped to [-1, 1]."""
         image = self.autoencoder.decode(latents.to(self.device, self.dtype)).to(self._wide)
         return ((image.clamp(-1.0, 1.0) + 1.0) * 127.5).round().to(torch.uint8)
 

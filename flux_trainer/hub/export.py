@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -49,5 +50,5 @@ def export(
         convert(weights, folder / names[to], to, dtype, overwrite=True)
 
     for to in section.export:
-        on_first(group, lambda to=to: write(to))  # type: ignore[misc]
+        on_first(group, partial(write, to))
         logger.info(f"Exported {folder / names[to]}")

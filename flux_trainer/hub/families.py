@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import partial
 from typing import Any, Literal
 
@@ -31,7 +31,7 @@ class Family:
     name: str
     title: str
     component: Component
-    config: Callable[..., Any]
+    config: type[Any]
     """The class of its configs, a dataclass."""
     model: Callable[[Any], nn.Module]
     table: keys.Table
@@ -57,9 +57,9 @@ class Family:
             return {name: tuple(x.shape) for name, x in self.model(config).state_dict().items()}
 
     @property
-    def fields_known(self) -> set[str]:
-        """Of a config."""
-        return set(self.config.__dataclass_fields__)  # type: ignore[attr-defined]
+    def fields_known(self) -> list[str]:
+        """Of a config, in their order."""
+        return [field.name for field in fields(self.config)]
 
     def flavor(self, config: Any) -> str:
         """The name of a config; empty if it has none."""
@@ -70,7 +70,7 @@ class Family:
         """Whether a JSON object speaks of this family: it has fields of its configs, or diffusers' class."""
         if "_class_name" in values:
             return bool(values["_class_name"] == self.diffusers.class_name)
-        return set(values) <= self.fields_known
+        return set(values) <= set(self.fields_known)
 
     def parse(self, values: Mapping[str, Any]) -> Any:
         """The config whose fields are `values`; ValueError or TypeError if they are not those of a config."""
@@ -150,7 +150,7 @@ def config_of(values: Mapping[str, Any], likely: Family | None = None) -> Any:
     Raises:
         ValueError: it describes none.
     """
-    for family in sorted(FAMILIES, key=lambda f: (f is not likely, set(values) != f.fields_known)):
+    for family in sorted(FAMILIES, key=lambda f: (f is not likely, set(values) != set(f.fields_known))):
         if not family.claims(values):
             continue
         try:
@@ -170,4 +170,4 @@ def flavor_named(name: str) -> Any:
 
 def family_of(config: Any) -> Family:
     """The family that a config belongs to."""
-    return next(family for family in FAMILIES if isinstance(config, family.config))  # type: ignore[arg-type]
+    return next(family for family in FAMILIES if isinstance(config, family.config))

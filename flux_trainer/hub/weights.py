@@ -246,7 +246,7 @@ def _find_config(
     raise WeightsError(
         f"{place.path} holds a {family.title}, but does not say which: its shapes are those of no flavor "
         f"({', '.join(family.flavors)}). Say it: --config FILE.json with the fields "
-        f"{', '.join(family.config.__dataclass_fields__)}."  # type: ignore[attr-defined]
+        f"{', '.join(family.fields_known)}."
     )
 
 

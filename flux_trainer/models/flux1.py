@@ -14,7 +14,6 @@ from flux_trainer.models.layers import (
     LastLayer,
     MLPEmbedder,
     Modulation,
-    timestep_embedding,
 )
 from flux_trainer.models.model import FluxModel, State
 
@@ -114,13 +113,6 @@ class Flux1Model(FluxModel):
     def embed(self, img: Tensor, txt: Tensor, timesteps: Tensor, y: Tensor, guidance: Tensor | None) -> State:
         """Tokens [B, L_img, h] and [B, L_txt, h], and the vector [B, h] that modulates every block."""
         dtype = self.img_in.weight.dtype  # inside forward: FSDP has the low-precision weights in place
-        vec = self.time_in(timestep_embedding(timesteps, TIME_DIM).to(dtype))
-        if self.guidance_in is not None:
-            if guidance is None:
-                raise ValueError(
-                    "This model has a guidance embedding (guidance_embed = true) and got guidance=None; "
-                    "pass a tensor [B] with one value per sample."
-                )
-            vec = vec + self.guidance_in(timestep_embedding(guidance, TIME_DIM).to(dtype))
+        vec = self.condition(timesteps, guidance, dtype)
         vec = vec + self.vector_in(y.to(dtype))
         return self.img_in(img.to(dtype)), self.txt_in(txt.to(dtype)), vec

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from flux_trainer.models.blocks import DoubleStreamBlock, SingleStreamBlock
 from flux_trainer.models.configs import TIME_DIM, Flux2Config
-from flux_trainer.models.layers import LastLayer, MLPEmbedder, Modulation, timestep_embedding
+from flux_trainer.models.layers import LastLayer, MLPEmbedder, Modulation
 from flux_trainer.models.model import FluxModel, State
 
 
@@ -85,14 +85,7 @@ class Flux2Model(FluxModel):
     def embed(self, x: Tensor, ctx: Tensor, timesteps: Tensor, guidance: Tensor | None) -> State:
         """Tokens, the conditioning vector, and the modulations that all blocks share."""
         dtype = self.img_in.weight.dtype  # inside forward: FSDP has the low-precision weights in place
-        vec = self.time_in(timestep_embedding(timesteps, TIME_DIM).to(dtype))
-        if self.guidance_in is not None:
-            if guidance is None:
-                raise ValueError(
-                    "This model has a guidance embedding (use_guidance_embed = true) and got guidance=None; "
-                    "pass a tensor [B] with one value per sample."
-                )
-            vec = vec + self.guidance_in(timestep_embedding(guidance, TIME_DIM).to(dtype))
+        vec = self.condition(timesteps, guidance, dtype)
         return (
             self.img_in(x.to(dtype)),
             self.txt_in(ctx.to(dtype)),

@@ -8,15 +8,16 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterator
+from dataclasses import fields
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from flux_trainer.models.attention import rope_table
-from flux_trainer.models.configs import ModelConfig
+from flux_trainer.models.configs import TIME_DIM, ModelConfig
 from flux_trainer.models.init import Constant, Distribution, Normal, Rows, xavier_uniform
-from flux_trainer.models.layers import FusedLinear, LastLayer
+from flux_trainer.models.layers import FusedLinear, LastLayer, MLPEmbedder, timestep_embedding
 
 State = tuple[Tensor, ...]
 """What goes from block to block: img [B, L_img, h], txt [B, L_txt, h], vec [B, h], which the head takes, and
@@ -33,6 +34,8 @@ class FluxModel(nn.Module):
     double_blocks: nn.ModuleList
     single_blocks: nn.ModuleList
     final_layer: LastLayer | None
+    time_in: MLPEmbedder
+    guidance_in: MLPEmbedder | None
 
     @abstractmethod
     def forward(self, **inputs: Any) -> Tensor | State:
@@ -76,6 +79,23 @@ class FluxModel(nn.Module):
             tokens = block(tokens, *of_single, pe)
         txt, img = tokens.split((txt.shape[1], img.shape[1]), dim=1)
         return (img, txt, *state[2:]) if self.final_layer is None else self.final_layer(img, vec)
+
+    def condition(self, timesteps: Tensor, guidance: Tensor | None, dtype: torch.dtype) -> Tensor:
+        """Timestep and guidance [B] as one vector [B, h] in `dtype`, that of the weights.
+
+        Raises:
+            ValueError: the model embeds guidance, and got none.
+        """
+        vec: Tensor = self.time_in(timestep_embedding(timesteps, TIME_DIM).to(dtype))
+        if self.guidance_in is None:
+            return vec
+        if guidance is None:
+            field = next(f.name for f in fields(self.config) if f.name.endswith("guidance_embed"))
+            raise ValueError(
+                f"This model has a guidance embedding ({field} = true) and got guidance=None; pass a tensor "
+                "[B] with one value per sample."
+            )
+        return vec + self.guidance_in(timestep_embedding(guidance, TIME_DIM).to(dtype))
 
     def blocks(self) -> Iterator[tuple[str, nn.Module]]:
         """(name, module) of the double-stream blocks, then the single-stream blocks, in forward order."""

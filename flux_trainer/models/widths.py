@@ -23,14 +23,17 @@ def check_widths(config: JobConfig) -> None:
     Raises:
         ConfigError: with one line for each encoder.
     """
-    problems = [
-        f"encoder.{key} = {getattr(config.encoder, key)!r} gives {got} features, but {config.model.flavor} "
-        f"takes {want}: choose the encoder that belongs to the flavor"
-        for key, got, want in _widths(config)
-        if got is not None and got != want
-    ]
+    problems = [misfit(config, *each) for each in _widths(config) if each[1] not in (None, each[2])]
     if problems:
         raise ConfigError(problems)
+
+
+def misfit(config: JobConfig, key: str, got: int | None, want: int) -> str:
+    """What to say of an encoder, named by its key, that gives `got` features where `want` are taken."""
+    return (
+        f"encoder.{key} = {getattr(config.encoder, key)!r} gives {got} features, but {config.model.flavor} "
+        f"takes {want}: choose the encoder that belongs to the flavor"
+    )
 
 
 def _widths(config: JobConfig) -> Iterator[tuple[str, int | None, int]]:
