@@ -17,15 +17,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flux_trainer.config.pictures import Request, read_prompts
+from flux_trainer.config.pictures import Prompt, Request, missing_references, read_prompts, reference_side
 from flux_trainer.config.schema import JobConfig
 from flux_trainer.data.loader import TrainLoader, ValidationLoader
+from flux_trainer.data.reference import read_reference
 from flux_trainer.data.sampler import open_mixture
 from flux_trainer.data.samples import Batch, TrainSamples, ValidationSamples
 from flux_trainer.encoders.bundle import Encoded, Encoders
 from flux_trainer.encoders.choose import kind_of
 from flux_trainer.flow import rng
-from flux_trainer.flow.latents import SPACES
+from flux_trainer.flow.latents import SPACES, References
 from flux_trainer.flow.loss import flow_loss
 from flux_trainer.flow.path import interpolate, velocity
 from flux_trainer.flow.rng import Purpose
@@ -35,13 +36,13 @@ from flux_trainer.metrics.pictures import grid
 from flux_trainer.models import registry
 from flux_trainer.models.flops import train_flops_per_sample
 from flux_trainer.models.init import Distribution
-from flux_trainer.models.model import FluxModel
-from flux_trainer.parallel.arithmetic import tokens
+from flux_trainer.models.model import Arguments, FluxModel
+from flux_trainer.parallel.arithmetic import has_references, tokens
 from flux_trainer.parallel.compile import compile_loss
 from flux_trainer.parallel.mesh import DATA, SHARED, data_group
-from flux_trainer.runtime.dist import all_gather_rows
+from flux_trainer.runtime.dist import all_gather_ragged, all_gather_rows
 from flux_trainer.runtime.log import logger
-from flux_trainer.sample import draw, encode_prompts, sampler_mu, share_out
+from flux_trainer.sample import Shown, draw, encode_prompts, encode_references, sampler_mu, share_out
 from flux_trainer.trainer import Trainer
 from flux_trainer.validate import validation_loss
 from flux_trainer.velocity import Velocity, check_features, shared_encoder
@@ -59,6 +60,8 @@ class MicroBatch:
     """[B, T, D]: the caption's tokens."""
     vec: Tensor | None
     """[B, D']: the pooled caption; FLUX.2 has none."""
+    references: References | None
+    """Images that the samples refer to."""
     target: Tensor
     """[B, C, h, w]: velocity."""
     weight: Tensor | None
@@ -73,6 +76,7 @@ class FluxTrainer(Trainer):
         self.space = SPACES[self.model_config.family]
         self.latent_shape = self.space.shape(config.training.img_size, config.training.img_size)
         self.mixture = open_mixture(config.data.sources, config.debug.seed)
+        self.refers = has_references(config)
         super().__init__(config)
         self.wide = torch.promote_types(self.compute_dtype, torch.float32)  # of noise, latents and targets
         self.flow_loss = compile_loss(flow_loss, config.compile)
@@ -88,6 +92,7 @@ class FluxTrainer(Trainer):
         self.velocity = Velocity(self.parallel, self.model_config, self.device)
         self.group = data_group(self.mesh, self.world)
         self.prompts = self.read_prompts()
+        self.shown: Shown = {}  # what the prompts refer to, once it is encoded
         self.held_out = self.build_validation_loader()
 
     def build_model(self) -> tuple[FluxModel, Mapping[str, Distribution]]:
@@ -131,7 +136,7 @@ class FluxTrainer(Trainer):
             works on the same samples, in their order. `sample`: latents from the posterior, not its mean.
         """
         draws = batch.draws.to(self.device, non_blocking=True)
-        parts = []
+        parts, references = [], batch.references()
         for start in range(0, len(draws), batch_size):
             part = slice(start, start + batch_size)
             noise = None
@@ -145,11 +150,16 @@ class FluxTrainer(Trainer):
                     batch.drop_t5[part],
                     batch.drop_clip[part],
                     noise,
+                    references[part],
                 )
             )
         share = partial(all_gather_rows, group=self.mesh.shared)
         valid = batch.valid.to(self.device, non_blocking=True)
-        return share(draws), share(valid), Encoded.cat(parts).map(share)
+        encoded = Encoded.cat(parts)
+        shown = encoded.references
+        if self.refers:
+            shown = all_gather_ragged(shown, encoded.latents, self.mesh.shared)
+        return share(draws), share(valid), encoded.map(share, shown)
 
     def micro_batches(self, batch: Batch) -> list[MicroBatch]:
         """Encode the samples of this rank's group, and cut them, with noise, into local batches."""
@@ -157,10 +167,13 @@ class FluxTrainer(Trainer):
         draws, _, encoded = self.encode(batch, size, self.config.encoder.autoencoder_sample)
         count = self.global_batch_size // self.mesh.size(*DATA)  # what follows only fills up
         parts = (slice(start, start + size) for start in range(0, count, size))
-        return [self.prepare(draws[part], encoded.rows(part)) for part in parts]
+        length = 0
+        if self.parallel.pipeline:  # whose micro-batches have one shape
+            length = max(map(self.space.reference_tokens, encoded.references), default=0)
+        return [self.prepare(draws[part], encoded.rows(part), length) for part in parts]
 
-    def prepare(self, draws: Tensor, encoded: Encoded) -> MicroBatch:
-        """Noise for B encoded samples with the given draws [B]."""
+    def prepare(self, draws: Tensor, encoded: Encoded, length: int = 0) -> MicroBatch:
+        """Noise for B encoded samples with the given draws [B], padded to `length` tokens of references."""
         seed, flow = self.config.debug.seed, self.config.flow
         x_0 = encoded.latents.to(self.wide)  # [B, C, h, w]
         noise = rng.normal(seed, Purpose.NOISE, draws, self.latent_shape, self.wide)
@@ -178,13 +191,14 @@ class FluxTrainer(Trainer):
             t=t,
             txt=encoded.txt,
             vec=encoded.vec,
+            references=self.space.references(encoded.references, x_0, length),
             target=velocity(x_0, noise),
             weight=weight,
         )
 
-    def inputs(self, micro_batch: MicroBatch) -> dict[str, Tensor | None]:
+    def inputs(self, micro_batch: MicroBatch) -> Arguments:
         b = micro_batch
-        return self.velocity.arguments(b.x_t, b.t, b.txt, b.vec, self.guidance(b.t))
+        return self.velocity.arguments(b.x_t, b.t, b.txt, b.vec, self.guidance(b.t), b.references)
 
     def guidance(self, t: Tensor) -> Tensor:
         """Distilled guidance [B] for B samples at t."""
@@ -195,11 +209,13 @@ class FluxTrainer(Trainer):
         elements = target[0].numel()
         if self.parallel.context:
             (target,) = self.parallel.context.split(target)
+        output = self.velocity.of_image(output, *micro_batch.target.shape[2:])
         return self.flow_loss(output, target, micro_batch.weight, self.global_batch_size, elements)
 
-    def predict(self, x_t: Tensor, t: Tensor, txt: Tensor, vec: Tensor | None) -> Tensor:
-        """The model's velocity [B, C, h, w], without gradients; arguments as in `MicroBatch`."""
-        return self.velocity(x_t, t, txt, vec, self.guidance(t))
+    def predict(self, x_t: Tensor, t: Tensor, encoded: Encoded) -> Tensor:
+        """The model's velocity [B, C, h, w] at x_t and t [B] for encoded samples, without gradients."""
+        references = self.space.references(encoded.references, x_t)
+        return self.velocity(x_t, t, encoded.txt, encoded.vec, self.guidance(t), references)
 
     def identity(self) -> dict[str, Any]:
         contents = [source.fingerprint for source in self.mixture.sources]
@@ -207,12 +223,20 @@ class FluxTrainer(Trainer):
 
     # Validation.
 
-    def read_prompts(self) -> list[str]:
-        """The prompts to draw, from the list or from the file; none when validation is off."""
+    def read_prompts(self) -> list[Prompt]:
+        """The prompts to draw, from the list or from the file; none when validation is off.
+
+        Raises ValueError where an image that they refer to is not there.
+        """
         section = self.config.validation
         if not section.enable:
             return []
-        return read_prompts(section.prompts_path) if section.prompts_path else section.prompts
+        if not section.prompts_path:
+            return [Prompt(text) for text in section.prompts]
+        prompts = read_prompts(section.prompts_path)
+        if missing := missing_references(prompts):
+            raise ValueError(f"validation.prompts_path = {section.prompts_path!r}: {'; '.join(missing)}")
+        return prompts
 
     def build_validation_loader(self) -> ValidationLoader | None:
         config = self.config
@@ -222,7 +246,7 @@ class FluxTrainer(Trainer):
             config.validation.sources,
             count=config.validation.samples,
             image_size=config.training.img_size,
-            max_pixels=config.data.max_pixels,
+            data=config.data,
         )
         return ValidationLoader(
             config.data,
@@ -259,11 +283,12 @@ class FluxTrainer(Trainer):
         if self.prompts:
             pictures = self.draw(self.prompts)
             if self.world.rank == 0:
-                sheet = grid(pictures, self.prompts)
+                texts = [prompt.text for prompt in self.prompts]
+                sheet = grid(pictures, texts)
                 folder = self.dump_folder / self.config.validation.save_img_folder
                 folder.mkdir(parents=True, exist_ok=True)
                 sheet.save(folder / f"{prefix}step-{self.step:0{len(str(self.config.training.steps))}}.png")
-                self.writers.images(self.step, f"{prefix}pictures", sheet, self.prompts)
+                self.writers.images(self.step, f"{prefix}pictures", sheet, texts)
         return figures
 
     def losses(self, batches: Iterable[Batch]) -> list[float]:
@@ -281,13 +306,13 @@ class FluxTrainer(Trainer):
             bad_samples=self.bad_samples,
         )
 
-    def draw(self, prompts: Sequence[str]) -> Tensor:
+    def draw(self, prompts: Sequence[Prompt]) -> Tensor:
         """Pictures uint8 [len(prompts), 3, H, W], with the validation's settings; the same on every rank."""
         section, side = self.config.validation, self.config.training.img_size
         guided = section.enable_classifier_free_guidance
         requests = [
             Request(
-                prompt,
+                prompt.text,
                 width=side,
                 height=side,
                 steps=section.denoising_steps,
@@ -295,11 +320,21 @@ class FluxTrainer(Trainer):
                 cfg_scale=section.classifier_free_guidance_scale if guided else 1.0,
                 seed=self.config.debug.seed,
                 draw=number,
+                references=prompt.references,
             )
             for number, prompt in enumerate(prompts)
         ]
         batches = share_out(requests, self.group.count, section.local_batch_size)
         text = encode_prompts(requests, batches, self.encoders.text, self.group)
+        if not self.shown:
+            read = partial(
+                read_reference,
+                family=self.model_config.family,
+                side=reference_side(self.config.data, side),
+                max_pixels=self.config.data.max_pixels,
+            )
+            encode = self.encoders.encode_images
+            self.shown = encode_references(requests, batches, read, encode, self.group)
         pictures = draw(
             requests,
             batches,
@@ -310,6 +345,7 @@ class FluxTrainer(Trainer):
             mu=sampler_mu(self.config.model.flavor),
             group=self.group,
             dtype=self.wide,
+            shown=self.shown,
         )
         return torch.stack([picture for _, picture in sorted(pictures, key=lambda pair: pair[0])])
 

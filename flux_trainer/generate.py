@@ -8,9 +8,11 @@ from __future__ import annotations
 import gc
 import os
 from collections.abc import Mapping
+from functools import partial
 from itertools import count
 from math import prod
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL.PngImagePlugin import PngInfo
@@ -19,6 +21,7 @@ from torch import Tensor
 from flux_trainer.checkpoint.errors import on_first
 from flux_trainer.config.pictures import Order, Request, metadata
 from flux_trainer.config.schema import ActivationCheckpoint, JobConfig
+from flux_trainer.data.reference import read_reference
 from flux_trainer.encoders.bundle import Codec
 from flux_trainer.encoders.choose import kind_of, text_encoders
 from flux_trainer.encoders.text import TextFeatures
@@ -36,7 +39,15 @@ from flux_trainer.parallel.stages import STAGES_PER_RANK
 from flux_trainer.runtime import peers
 from flux_trainer.runtime.dist import init_distributed, set_deterministic
 from flux_trainer.runtime.log import logger
-from flux_trainer.sample import Round, batch_of, draw, encode_prompts, sampler_mu, share_out
+from flux_trainer.sample import (
+    Round,
+    batch_of,
+    draw,
+    encode_prompts,
+    encode_references,
+    sampler_mu,
+    share_out,
+)
 from flux_trainer.velocity import Velocity, check_features, shared_encoder
 
 THUMBNAIL = 384  # pixels; longest side of a picture on the contact sheet
@@ -63,6 +74,9 @@ def draw_pictures(order: Order, config: JobConfig) -> None:
 
     rounds = share_out(requests, group.count, config.inference.local_batch_size)
 
+    side, most = config.inference.reference_size, config.data.max_pixels
+    read = partial(read_reference, family=model.family, side=side, max_pixels=most)
+    shown = encode_references(requests, rounds, read, codec.encode_images, group)
     features = _encode(config, model, mesh, group, requests, rounds)
     gc.collect()  # modules are in cycles, with FSDP's hooks and without
     if world.device.type == "cuda":
@@ -86,9 +100,9 @@ def draw_pictures(order: Order, config: JobConfig) -> None:
     progress, done = Progress(shown=world.rank == 0), 0
     thumbnails: dict[int, Tensor] = {}
 
-    def predict(x_t: Tensor, *others: Tensor | None) -> Tensor:
+    def predict(x_t: Tensor, *others: Any) -> Tensor:
         nonlocal done
-        v = velocity(x_t, *others)  # type: ignore[arg-type]
+        v = velocity(x_t, *others)
         done += x_t.numel()
         progress.show(done, total, f"{len(thumbnails)} of {len(requests)} pictures")
         return v
@@ -103,6 +117,7 @@ def draw_pictures(order: Order, config: JobConfig) -> None:
         mu=sampler_mu(config.model.flavor),
         group=group,
         dtype=torch.promote_types(dtype, torch.float32),
+        shown=shown,
     )
     for number, picture in pictures:
         thumbnails[number] = thumbnail(picture, THUMBNAIL)

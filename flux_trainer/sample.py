@@ -8,6 +8,7 @@ draw different sizes at the same time, for all they have to agree on is the numb
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import cache
 from itertools import pairwise
 
 import torch
@@ -18,16 +19,19 @@ from flux_trainer.encoders.choose import TextEncoder
 from flux_trainer.encoders.text import TextFeatures
 from flux_trainer.flow import rng
 from flux_trainer.flow.euler import euler
-from flux_trainer.flow.latents import LatentSpace
+from flux_trainer.flow.latents import LatentSpace, References
 from flux_trainer.flow.rng import Purpose
 from flux_trainer.flow.timesteps import MU, Mu, schedule
 from flux_trainer.models.registry import FLAVORS
 from flux_trainer.parallel.mesh import DataGroup
 from flux_trainer.runtime.dist import all_gather
 
-Predict = Callable[[Tensor, Tensor, Tensor, Tensor | None, Tensor | None], Tensor]
-"""(x_t [B, C, h, w], t [B], txt [B, L, D], vec [B, D'], guidance [B]) -> velocity [B, C, h, w]. Families
-without a pooled caption have vec None, models without guidance have guidance None."""
+Predict = Callable[[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, References | None], Tensor]
+"""(x_t [B, C, h, w], t [B], txt [B, L, D], vec [B, D'], guidance [B], references) -> velocity [B, C, h, w].
+Families without a pooled caption have vec None, models without guidance have guidance None."""
+
+Shown = Mapping[tuple[str, ...], Sequence[Tensor]]
+"""By a request's `references`: the latents [C, h, w] of each, in host memory."""
 
 Round = list[list[int]]
 """Numbers of the requests that each group draws at the same time; groups beyond its end are without any."""
@@ -88,6 +92,24 @@ def encode_prompts(
     return features
 
 
+def encode_references(
+    requests: Sequence[Request],
+    rounds: Sequence[Round],
+    read: Callable[[str, int], Tensor],
+    encode: Callable[[Tensor], Tensor],
+    group: DataGroup,
+) -> dict[tuple[str, ...], list[Tensor]]:
+    """Latents of the reference images that this rank's group needs; each file is encoded once, alone.
+
+    Args:
+        read: (file, how many references its picture has) -> uint8 [3, H, W].
+        encode: uint8 [1, 3, H, W] -> latents [1, C, h, w].
+    """
+    mine = [requests[i] for batches in rounds for i in batch_of(batches, group.number)]
+    once = cache(lambda path, count: encode(read(path, count)[None])[0].cpu())
+    return {r.references: [once(path, len(r.references)) for path in r.references] for r in mine}
+
+
 @torch.no_grad()
 def draw(
     requests: Sequence[Request],
@@ -100,6 +122,7 @@ def draw(
     mu: Mu | None,
     group: DataGroup,
     dtype: torch.dtype,
+    shown: Shown | None = None,
 ) -> Iterator[tuple[int, Tensor]]:
     """(number of the request, its picture uint8 [3, H, W] in host memory), round by round, on every rank.
 
@@ -112,11 +135,12 @@ def draw(
         space: of the latents.
         mu: how times are shifted (`sampler_mu`).
         dtype: of noise and latents, float32 or wider.
+        shown: from `encode_references`; None: no request has references.
     """
     for batches in rounds:
         numbers = batch_of(batches, group.number)
         batch = [requests[i] for i in numbers]
-        latents = denoise(batch, features, predict, space, mu, group.world.device, dtype)
+        latents = denoise(batch, features, predict, space, mu, group.world.device, dtype, shown)
         drawn = None
         if group.leads and group.number < len(batches):
             drawn = [(i, decode(x[None])[0].cpu()) for i, x in zip(numbers, latents, strict=True)]
@@ -137,6 +161,7 @@ def denoise(
     mu: Mu | None,
     device: torch.device,
     dtype: torch.dtype,
+    shown: Shown | None = None,
 ) -> Tensor:
     """Latents [B, C, h, w] of requests of one kind."""
     steps, height, width = batch[0].steps, batch[0].height, batch[0].width
@@ -146,7 +171,12 @@ def denoise(
         for r in batch
     ]
     times = schedule(steps, mu and mu(space.tokens(height, width), steps))
-    return euler(guided(batch, features, predict, device, dtype), torch.cat(noise), times)
+    references = [shown[r.references] if shown else [] for r in batch]
+    start = torch.cat(noise)
+    if batch[0].guided:
+        references *= 2
+    tokens = space.references(references, start)
+    return euler(guided(batch, features, predict, device, dtype, tokens), start, times)
 
 
 def guided(
@@ -155,11 +185,12 @@ def guided(
     predict: Predict,
     device: torch.device,
     dtype: torch.dtype,
+    references: References | None = None,
 ) -> Callable[[Tensor, Tensor], Tensor]:
     """The velocity that a batch of one kind follows: (x [B, ...], t [B]) -> [B, ...].
 
     Classifier-free guidance (Ho & Salimans 2022): u + cfg_scale (c - u), with c for the prompt and u for the
-    negative one, both in one call of the model.
+    negative one, both in one call of the model. `references` are those of all its samples: u sees them too.
     """
     texts = [r.prompt for r in batch]
     repeats = 1
@@ -175,8 +206,8 @@ def guided(
 
     def velocity(x: Tensor, t: Tensor) -> Tensor:
         if repeats == 1:
-            return predict(x, t, txt, vec, guidance).to(x.dtype)
-        both = predict(torch.cat([x, x]), torch.cat([t, t]), txt, vec, guidance)
+            return predict(x, t, txt, vec, guidance, references).to(x.dtype)
+        both = predict(torch.cat([x, x]), torch.cat([t, t]), txt, vec, guidance, references)
         u, c = both.to(x.dtype).chunk(2)
         return u + scale * (c - u)
 

@@ -37,7 +37,7 @@ from flux_trainer.metrics.peak import device_peak_flops
 from flux_trainer.metrics.profiler import Profiler
 from flux_trainer.metrics.writers import Writers
 from flux_trainer.models.init import Distribution
-from flux_trainer.models.model import FluxModel
+from flux_trainer.models.model import Arguments, FluxModel
 from flux_trainer.optim.build import build_optimizer, optimizer_tensors, set_lr
 from flux_trainer.optim.build import step as optimizer_step
 from flux_trainer.optim.ema import EMA
@@ -164,7 +164,7 @@ class Trainer(ABC):
         """Cut a rank's batch into what one forward pass takes."""
 
     @abstractmethod
-    def inputs(self, micro_batch: Any) -> Mapping[str, Tensor | None]:
+    def inputs(self, micro_batch: Any) -> Arguments:
         """The model's arguments by name, or this rank's part of them."""
 
     @abstractmethod

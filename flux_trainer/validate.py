@@ -19,8 +19,8 @@ from flux_trainer.flow.path import interpolate, velocity
 from flux_trainer.flow.rng import Purpose
 from flux_trainer.parallel.mesh import DataGroup
 
-Predict = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
-"""(x_t [B, C, h, w], t [B], txt [B, L, D], vec [B, D'] if any) -> the model's velocity [B, C, h, w]."""
+Predict = Callable[[Tensor, Tensor, Encoded], Tensor]
+"""(x_t [B, C, h, w], t [B], the encoded samples) -> the model's velocity [B, C, h, w]."""
 
 Encode = Callable[[Batch], tuple[Tensor, Tensor, Encoded]]
 """A rank's batch -> draws [n], valid [n] and the encoded samples of all ranks that work on the same ones."""
@@ -61,7 +61,7 @@ def validation_loss(
             for i in range(timesteps):
                 t = torch.full((len(x_0),), (i + 0.5) / timesteps, dtype=dtype, device=x_0.device)
                 noise = rng.normal(seed, Purpose.VAL_NOISE, draws[part] * timesteps + i, x_0.shape[1:], dtype)
-                v = predict(interpolate(x_0, noise, t), t, sample.txt, sample.vec)
+                v = predict(interpolate(x_0, noise, t), t, sample)
                 errors.append((v.to(dtype) - velocity(x_0, noise)).square().flatten(1).mean(1))  # [B]
             column = torch.stack([*errors, torch.ones_like(errors[0])]).double()  # [timesteps + 1, B]
             columns.append(torch.where(valid[part], column, 0.0).sum(1))

@@ -160,7 +160,7 @@ def test_guidance_leads_from_the_negative_prompt_and_each_has_its_scale():
                 {"a": 1.0, "b": 2.0, "": 5.0, "ugly": 7.0}.items()}  # fmt: skip
     calls = []
 
-    def predict(x, t, txt, vec, guidance):
+    def predict(x, t, txt, vec, guidance, references):
         calls.append((len(x), guidance.tolist()))
         return vec[:, :, None, None].expand_as(x)
 

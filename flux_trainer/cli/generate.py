@@ -16,12 +16,20 @@ from flux_trainer.config.check import check_generation
 from flux_trainer.config.flags import split
 from flux_trainer.config.help import help_text
 from flux_trainer.config.load import ConfigError, load
-from flux_trainer.config.pictures import Order, file_names, read_prompts, requests
+from flux_trainer.config.pictures import (
+    Order,
+    Prompt,
+    file_names,
+    missing_references,
+    read_prompts,
+    reference_side,
+    requests,
+)
 from flux_trainer.config.problems import COMMAND_LINE
 from flux_trainer.config.schema import Inference, JobConfig
 from flux_trainer.models.registry import FLAVORS
 from flux_trainer.models.widths import check_widths
-from flux_trainer.parallel.arithmetic import check_sharing
+from flux_trainer.parallel.arithmetic import check_sharing, has_references
 from flux_trainer.runtime.log import init_logger, logger
 
 _USAGE = """\
@@ -32,6 +40,7 @@ Draws each PROMPT (-: each line of standard input) and writes PNG files with the
   WEIGHTS     a run's folder (its newest checkpoint), a checkpoint (step-N), a .safetensors file, the index
               of several, or a diffusers folder; which flavor it is, is found out
   --          what follows are prompts, also those that begin with a dash
+  --reference FILE  an image that all prompts refer to (FLUX.2, FLUX.1 Kontext); several in this order
 The text encoders and the autoencoder are the run's, or lie beside the weights under their published names, or
 are named by [encoder] in --job.config_file FILE or by flags. The dtype is training.mixed_precision_param.
 
@@ -91,6 +100,7 @@ def plan(argv: Sequence[str], world_size: int) -> tuple[Order, JobConfig, list[s
     Raises:
         ConfigError: with one line for each mistake.
     """
+    argv, references = _references(argv)
     words, names, literal = _words(argv)
     if not names:
         raise ConfigError(["WEIGHTS is missing: flux-trainer generate WEIGHTS PROMPT...; --help says more"])
@@ -98,6 +108,8 @@ def plan(argv: Sequence[str], world_size: int) -> tuple[Order, JobConfig, list[s
     arguments = [*names[1:], *literal]
     if arguments:
         words += [f"--inference.prompts={toml.value(arguments)}", "--inference.prompts_path="]
+    if references:
+        words.append(f"--inference.references={toml.value(references)}")
     config, notices, origins = load(words, weights.settings)
     flavor = config.model.flavor
     if "model.flavor" not in origins:
@@ -127,14 +139,37 @@ def plan(argv: Sequence[str], world_size: int) -> tuple[Order, JobConfig, list[s
         section = section.model_copy(update={"guidance": None})
     elif guidance is None:
         guidance = config.flow.guidance
+    if section.reference_size is None and has_references(config):
+        trained = reference_side(config.data, config.training.img_size)
+        section = section.model_copy(update={"reference_size": trained})
     side = config.training.img_size if "training.img_size" in origins else 1024
     wanted = requests(section, prompts, side=side, steps=steps, guidance=guidance, cfg_scale=cfg_scale)
     if len(once := list(dict.fromkeys(wanted))) < len(wanted):
         notices.append("what is asked for twice is drawn once; --count 2 draws each with two seeds")
+    if missing := missing_references(Prompt(r.prompt, r.references) for r in once):
+        raise ConfigError(missing)
+    config = config.model_copy(update={"inference": section})
     folder = Path(config.job.dump_folder) / section.save_img_folder
     order = Order(weights.path, once, [folder / name for name in file_names(once)])
     _check_files(order, section.overwrite)
     return order, config, notices
+
+
+def _references(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The words without `--reference FILE`, which may come several times, and those files."""
+    words, files, rest = [], [], iter(argv)
+    for word in rest:
+        name, equals, text = word.partition("=")
+        if word == "--":
+            words += [word, *rest]
+        elif name == "--reference":
+            file = text if equals else next(rest, "")
+            if not file or file.startswith("--"):
+                raise ConfigError(["--reference: the name of an image file is missing"])
+            files.append(file)
+        else:
+            words.append(word)
+    return words, files
 
 
 def _words(argv: Sequence[str]) -> tuple[list[str], list[str], list[str]]:
@@ -148,15 +183,19 @@ def _words(argv: Sequence[str]) -> tuple[list[str], list[str], list[str]]:
     return (words, names, literal) if names else (words, literal[:1], literal[1:])
 
 
-def _prompts(section: Inference, names: Sequence[str], literal: Sequence[str], world_size: int) -> list[str]:
+def _prompts(
+    section: Inference, names: Sequence[str], literal: Sequence[str], world_size: int
+) -> list[Prompt]:
     """What to draw, with the lines of standard input where `-` stands for them."""
     if (section.prompts_path == "-" or "-" in names) and world_size > 1:
         raise ConfigError(["standard input reaches one process only: give several --inference.prompts_path"])
     if names or literal:
-        prompts = [p for name in names for p in (read_prompts("-") if name == "-" else [name])] + [*literal]
+        prompts = [p for name in names for p in (read_prompts("-") if name == "-" else [Prompt(name)])]
+        prompts += map(Prompt, literal)
     else:
-        prompts = read_prompts(section.prompts_path) if section.prompts_path else section.prompts
-    _check_text(prompts)
+        path = section.prompts_path
+        prompts = read_prompts(path) if path else [Prompt(text) for text in section.prompts]
+    _check_text(prompt.text for prompt in prompts)
     if not prompts:
         sources = "as arguments, as lines of --inference.prompts_path FILE, or - for standard input's"
         raise ConfigError([f"nothing to draw: give prompts {sources}"])

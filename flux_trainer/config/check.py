@@ -49,7 +49,7 @@ def check_generation(
     config: JobConfig, world_size: int | None, origins: Mapping[str, str] | None = None
 ) -> None:
     """As `check`, for drawing pictures with the settings: those of data and training do not matter."""
-    findings = [*_model(config), *_parallelism(config, world_size), *_inference(config)]
+    findings = [*_model(config), *_parallelism(config, world_size), *_references(config), *_inference(config)]
     findings += missing_for_pictures(config)
     if findings:
         raise ConfigError([_line(config, finding, origins or {}) for finding in findings])
@@ -208,8 +208,18 @@ def _sources(config: JobConfig) -> Iterator[Finding]:
         for i, source in enumerate(sources):
             if source.type != "synthetic" and not source.path:
                 yield f"{name}.{i}.path", f'is empty; a source of type "{source.type}" needs one'
+            for key, kind in (("reference_key", "jsonl"), ("reference_paths", "folder")):
+                if getattr(source, key) and source.type != kind:
+                    yield f"{name}.{i}.{key}", f'is for sources of type "{kind}"; this is "{source.type}"'
             if source.weight is not None and source.repeats != 1:
                 yield f"{name}.{i}.repeats", "has no effect beside a weight; give one of the two"
+
+
+def _references(config: JobConfig) -> Iterator[Finding]:
+    if config.data.reference_size < 16 and config.data.reference_size != -1:
+        yield "data.reference_size", "is less than a token; expected at least 16 pixels, or -1 for img_size"
+    if (config.inference.reference_size or 16) < 16:
+        yield "inference.reference_size", "is less than a token; expected at least 16 pixels"
 
 
 def _validation(config: JobConfig) -> Iterator[Finding]:
@@ -275,6 +285,7 @@ _CHECKS: tuple[Callable[[JobConfig], Iterator[Finding]], ...] = (
     _training,
     _optimizer,
     _sources,
+    _references,
     _validation,
     _inference,
     _recompute_and_compile,

@@ -88,6 +88,9 @@ def _language_model(flavor: str) -> str:
 def _source(name: str, source: Source) -> Iterator[Finding]:
     if source.type == "folder" and source.path and not os.path.isdir(source.path):
         yield f"{name}.path", _not_there(source.path, "folder")
+    for i, path in enumerate(source.reference_paths):
+        if source.type == "folder" and not os.path.isdir(path):
+            yield f"{name}.reference_paths.{i}", _not_there(path, "folder")
     if source.type == "jsonl" and source.path and not os.path.isfile(source.path):
         yield f"{name}.path", _not_there(source.path, "file")
     if source.type == "hf" and importlib.util.find_spec("datasets") is None:

@@ -8,12 +8,13 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from flux_trainer import __version__
-from flux_trainer.config.schema import Inference
+from flux_trainer.config.schema import Data, Inference
 
 SEED_LIMIT = 2**56
 """What the random numbers' key has room for."""
@@ -36,6 +37,8 @@ class Request:
     draw: int = 0
     """Tells pictures of the same seed apart."""
     negative_prompt: str = ""
+    references: tuple[str, ...] = ()
+    """Files of the images that the picture refers to."""
 
     @property
     def guided(self) -> bool:
@@ -53,17 +56,57 @@ class Order:
     """A file for each of the requests."""
 
 
-def read_prompts(path: str) -> list[str]:
+class Prompt(NamedTuple):
+    """What is drawn."""
+
+    text: str
+    references: tuple[str, ...] = ()
+    """Files of the images that it refers to."""
+
+
+def read_prompts(path: str) -> list[Prompt]:
     """The lines of a UTF-8 text file (-: of standard input) that are not blank.
 
+    In a .jsonl file each is an object {"prompt": "...", "references": ["a.png", ...]}. References may be
+    missing; they are relative to the file's folder.
+
     Raises:
-        ValueError: the file is not UTF-8 text.
+        ValueError: the file is not UTF-8 text, or a line is no such object.
     """
     try:
         text = sys.stdin.read() if path == "-" else Path(path).read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text: {error}") from error
-    return [line.strip() for line in text.splitlines() if line.strip()]
+    lines = [(number, line.strip()) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
+    if path.endswith(".jsonl"):
+        return [_prompt(line, f"{path}, line {number}", Path(path).parent) for number, line in lines]
+    return [Prompt(line) for _, line in lines]
+
+
+def _prompt(line: str, where: str, folder: Path) -> Prompt:
+    try:
+        fields = json.loads(line)
+    except ValueError as error:
+        raise ValueError(f"{where} is not JSON: {error}") from error
+    prompt = fields.get("prompt") if isinstance(fields, dict) else None
+    references = fields.get("references", []) if isinstance(fields, dict) else None
+    names = [references] if isinstance(references, str) else references
+    if not isinstance(prompt, str) or not prompt.strip():
+        raise ValueError(f'{where} has no "prompt"; expected {{"prompt": "...", "references": ["a.png"]}}')
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ValueError(f'{where}: "references" is neither a path nor a list of paths')
+    return Prompt(prompt.strip(), tuple(str(folder / name) for name in names))
+
+
+def missing_references(prompts: Iterable[Prompt]) -> list[str]:
+    """A sentence for each file that a prompt refers to and that is not there."""
+    names = dict.fromkeys(name for prompt in prompts for name in prompt.references)
+    return [f"{name}: no such reference image" for name in names if not Path(name).is_file()]
+
+
+def reference_side(data: Data, img_size: int) -> int:
+    """Side in pixels of the square whose area training leaves a reference image."""
+    return img_size if data.reference_size == -1 else data.reference_size
 
 
 def parse_size(text: str) -> tuple[int, int] | None:
@@ -78,7 +121,7 @@ def parse_size(text: str) -> tuple[int, int] | None:
 
 def requests(
     section: Inference,
-    prompts: Sequence[str],
+    prompts: Sequence[Prompt],
     *,
     side: int,
     steps: int,
@@ -94,7 +137,7 @@ def requests(
     sizes = [size for text in section.sizes if (size := parse_size(text))] or [(side, side)]
     return [
         Request(
-            prompt,
+            prompt.text,
             width=width,
             height=height,
             steps=section.denoising_steps or steps,
@@ -102,6 +145,7 @@ def requests(
             cfg_scale=cfg_scale if section.cfg_scale is None else section.cfg_scale,
             seed=section.seed + k,
             negative_prompt=section.negative_prompt,
+            references=(*section.references, *prompt.references),
         )
         for prompt in prompts
         for width, height in sizes
@@ -111,10 +155,11 @@ def requests(
 
 def file_names(requests: Sequence[Request]) -> list[str]:
     """A name for each picture, in order: 002_a-red-apple_1024x768_seed7.png; 002 counts the prompts."""
-    numbers = {prompt: n for n, prompt in enumerate(dict.fromkeys(r.prompt for r in requests), 1)}
+    prompts = dict.fromkeys((r.prompt, r.references) for r in requests)
+    numbers = {prompt: n for n, prompt in enumerate(prompts, 1)}
     digits = max(3, len(str(len(numbers))))
     return [
-        f"{numbers[r.prompt]:0{digits}}_{_slug(r.prompt)}_{r.width}x{r.height}_seed{r.seed}.png"
+        f"{numbers[r.prompt, r.references]:0{digits}}_{_slug(r.prompt)}_{r.width}x{r.height}_seed{r.seed}.png"
         for r in requests
     ]
 
@@ -130,6 +175,7 @@ def metadata(request: Request, weights: str, ema: bool) -> dict[str, str]:
     everything = {
         "prompt": r.prompt,
         "negative_prompt": r.negative_prompt if r.guided else None,
+        "references": list(r.references) or None,
         "seed": r.seed,
         "width": r.width,
         "height": r.height,

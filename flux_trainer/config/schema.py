@@ -95,6 +95,12 @@ class Source(Section):
     """Name of the image's field (jsonl: file_name, hf: image)."""
     caption_key: str = ""
     """Name of the caption's field (text)."""
+    reference_key: str = ""
+    """jsonl: the field with the path of a reference image, or a list of paths; where it is missing, a sample
+    has none."""
+    reference_paths: list[str] = []
+    """folder: folders of reference images. A sample's are the files of the same relative name, whatever their
+    ending, in each of these; where one has no such file, a sample has one fewer."""
     weight: NonNegativeFloat | None = None
     """Share of the draws; given for all sources or for none."""
     repeats: PositiveInt = 1
@@ -112,6 +118,11 @@ class Data(Section):
     """Probability of a horizontal flip."""
     max_pixels: PositiveInt = 100_000_000
     """Larger images count as bad samples."""
+    max_references: PositiveInt = 1
+    """Samples with more reference images count as bad."""
+    reference_size: int = -1
+    """Reference images keep their aspect and are shrunk to the area of a square of so many pixels a side, if
+    they are larger; -1: training.img_size."""
     max_bad_fraction: Probability = 0.05
     """The run stops when more than this share of its samples is bad."""
     num_workers: NonNegativeInt = 2
@@ -278,7 +289,8 @@ class Validation(Section):
     prompts: list[str] = []
     """Captions that are drawn as pictures at each validation."""
     prompts_path: str = ""
-    """A text file with one prompt per line, in place of the list."""
+    """A text file with one prompt per line, in place of the list; or a jsonl file: {"prompt": "...",
+    "references": ["a.png"]} in each line."""
     denoising_steps: PositiveInt = 50
     enable_classifier_free_guidance: bool = True
     classifier_free_guidance_scale: NonNegativeFloat = 5.0
@@ -290,7 +302,13 @@ class Inference(Section):
     prompts: list[str] = []
     """What `flux-trainer generate` draws."""
     prompts_path: str = ""
-    """A text file with one prompt per line, in place of the list; -: standard input."""
+    """A text file with one prompt per line, in place of the list; -: standard input. Or a jsonl file:
+    {"prompt": "...", "references": ["a.png"]} in each line."""
+    references: list[str] = []
+    """Image files that all prompts refer to, before those of a jsonl file."""
+    reference_size: PositiveInt | None = None
+    """As data.reference_size. Unset: as the run was trained, or as published: for FLUX.2 2024 pixels, 1024
+    where there are several; for FLUX.1 the nearest of Kontext's sizes."""
     negative_prompt: str = ""
     """What classifier-free guidance leads away from."""
     sizes: list[str] = []

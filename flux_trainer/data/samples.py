@@ -9,16 +9,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
+from flux_trainer.config.pictures import reference_side
 from flux_trainer.config.schema import Data, Source
 from flux_trainer.data.bad import BadRecord, BadSample, DataError
 from flux_trainer.data.image import decode, square
+from flux_trainer.data.reference import shrunk
 from flux_trainer.data.sampler import Mixture
 from flux_trainer.data.sources import ImageSource, open_source
 from flux_trainer.flow.rng import Purpose, scalar
@@ -36,6 +38,7 @@ class Sample:
     drop_t5: bool = False
     drop_clip: bool = False
     valid: bool = True
+    references: list[Tensor] = field(default_factory=list)  # uint8 [3, H, W], each of its own size
     bad: list[BadRecord] = field(default_factory=list)  # what had been tried before
 
 
@@ -52,6 +55,8 @@ class Batch:
     bad: list[BadRecord]  # met while loading this batch
     bad_draws: int  # draws whose own sample was bad
     tokens: dict[str, Tensor] = field(default_factory=dict)  # the captions' ids for each text encoder
+    reference_sizes: list[list[tuple[int, int]]] = field(default_factory=list)  # by sample: (H, W); or empty
+    reference_pixels: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.uint8))  # one by one
 
     @classmethod
     def of(cls, samples: Sequence[Sample]) -> Batch:
@@ -65,12 +70,29 @@ class Batch:
             valid=torch.tensor([s.valid for s in samples]),
             bad=[record for s in samples for record in s.bad],
             bad_draws=sum(bool(s.bad) for s in samples),
+            reference_sizes=[[(x.shape[1], x.shape[2]) for x in s.references] for s in samples],
+            reference_pixels=torch.cat(
+                [torch.zeros(0, dtype=torch.uint8), *(x.flatten() for s in samples for x in s.references)]
+            ),
         )
+
+    def references(self) -> list[list[Tensor]]:
+        """The reference images of each sample, uint8 [3, H, W]."""
+        images: list[list[Tensor]] = []
+        start = 0
+        for sizes in self.reference_sizes or [[] for _ in self.captions]:
+            images.append([])
+            for height, width in sizes:
+                end = start + 3 * height * width
+                images[-1].append(self.reference_pixels[start:end].view(3, height, width))
+                start = end
+        return images
 
     # Between processes a tensor is a shared file, which costs more than a copy for all but the images.
     def __getstate__(self) -> dict[str, Any]:
         state = {
-            k: v.numpy() if isinstance(v, Tensor) and k != "images" else v for k, v in vars(self).items()
+            k: v.numpy() if isinstance(v, Tensor) and k not in ("images", "reference_pixels") else v
+            for k, v in vars(self).items()
         }
         return state | {"tokens": {k: v.numpy() for k, v in self.tokens.items()}}
 
@@ -82,7 +104,7 @@ class Batch:
 
     def pin_memory(self) -> Batch:
         """In page-locked memory, from where a GPU copies without waiting. Called by the loader."""
-        for name in ("draws", "images", "drop_t5", "drop_clip", "valid"):
+        for name in ("draws", "images", "drop_t5", "drop_clip", "valid", "reference_pixels"):
             setattr(self, name, getattr(self, name).pin_memory())
         self.tokens = {name: ids.pin_memory() for name, ids in self.tokens.items()}
         return self
@@ -104,7 +126,8 @@ class TrainSamples:
         self.mixture = mixture
         self.image_size = image_size
         self.seed = seed
-        self.crop, self.flip_prob, self.max_pixels = section.crop, section.flip_prob, section.max_pixels
+        self.crop, self.flip_prob = section.crop, section.flip_prob
+        self.limits = Limits.of(section, image_size)
         self.dropout_prob, self.joint_dropout = dropout_prob, joint_dropout
 
     def get(self, draw: int) -> Sample:
@@ -113,23 +136,22 @@ class TrainSamples:
         for attempt in range(MAX_ATTEMPTS):
             source, index = self.mixture.substitute(draw, attempt) if attempt else self.mixture.locate(draw)
             try:
-                image, caption = load(self.mixture.sources[source], index, self.max_pixels, self.image_size)
+                return self._finish(draw, load(self.mixture.sources[source], index, self.limits), bad)
             except BadSample as error:
                 bad.append(BadRecord(self.mixture.sources[source].name, index, str(error)))
-            else:
-                return self._finish(draw, image, caption, bad)
         reasons = "\n".join(f"  {record}" for record in dict.fromkeys(bad))
         raise DataError(f"Draw {draw} and {MAX_ATTEMPTS - 1} substitutes were all bad samples:\n{reasons}")
 
-    def _finish(self, draw: int, image: Image.Image, caption: str, bad: list[BadRecord]) -> Sample:
+    def _finish(self, draw: int, loaded: Loaded, bad: list[BadRecord]) -> Sample:
         position = scalar(self.seed, Purpose.CROP, draw) if self.crop == "random" else 0.5
         flip = scalar(self.seed, Purpose.FLIP, draw) < self.flip_prob
         elements = (0, 0) if self.joint_dropout else (0, 1)
         drop_t5, drop_clip = (
             scalar(self.seed, Purpose.DROPOUT, draw, element) < self.dropout_prob for element in elements
         )
-        pixels = square(image, self.image_size, position, flip)
-        return Sample(draw, pixels, caption, drop_t5, drop_clip, bad=bad)
+        pixels = square(loaded.image, self.image_size, position, flip)
+        references = [shrunk(image, self.limits.reference_side, flip) for image in loaded.references]
+        return Sample(draw, pixels, loaded.caption, drop_t5, drop_clip, references=references, bad=bad)
 
 
 class ValidationSamples:
@@ -139,7 +161,7 @@ class ValidationSamples:
     sorted folder is represented from end to end. A bad sample, and an i past the end, is blank, not `valid`.
     """
 
-    def __init__(self, sections: Sequence[Source], *, count: int, image_size: int, max_pixels: int) -> None:
+    def __init__(self, sections: Sequence[Source], *, count: int, image_size: int, data: Data) -> None:
         """`count` of -1: all. Raises DataError for an empty list, and for weights and repeats."""
         if not sections:
             raise DataError("There is no validation data: give at least one [[validation.sources]] table.")
@@ -148,7 +170,7 @@ class ValidationSamples:
         self.sources: list[ImageSource] = [open_source(section) for section in sections]
         self.ends = list(accumulate(len(source) for source in self.sources))
         self.count = self.ends[-1] if count < 0 else min(count, self.ends[-1])
-        self.image_size, self.max_pixels = image_size, max_pixels
+        self.image_size, self.limits = image_size, Limits.of(data, image_size)
 
     def get(self, i: int) -> Sample:
         """Sample number i. Its number serves as its draw."""
@@ -159,16 +181,49 @@ class ValidationSamples:
         number = next(k for k, end in enumerate(self.ends) if item < end)
         source, index = self.sources[number], item - self.ends[number] + len(self.sources[number])
         try:
-            image, caption = load(source, index, self.max_pixels, self.image_size)
+            image, caption, references = load(source, index, self.limits)
+            shown = [shrunk(reference, self.limits.reference_side) for reference in references]
         except BadSample as error:
             return Sample(i, blank, "", valid=False, bad=[BadRecord(source.name, index, str(error))])
-        return Sample(i, square(image, self.image_size), caption)
+        return Sample(i, square(image, self.image_size), caption, references=shown)
 
 
-def load(source: ImageSource, index: int, max_pixels: int, image_size: int) -> tuple[Image.Image, str]:
-    """The decoded image and the caption of one sample. Raises BadSample, naming its file."""
+@dataclass(frozen=True)
+class Limits:
+    """What images are decoded for, and which are refused."""
+
+    max_pixels: int
+    image_size: int
+    reference_side: int
+    max_references: int
+
+    @classmethod
+    def of(cls, section: Data, image_size: int) -> Limits:
+        side = reference_side(section, image_size)
+        return cls(section.max_pixels, image_size, side, section.max_references)
+
+
+class Loaded(NamedTuple):
+    """A sample, decoded."""
+
+    image: Image.Image
+    caption: str
+    references: list[Image.Image]
+
+
+def load(source: ImageSource, index: int, limits: Limits) -> Loaded:
+    """One sample. Raises BadSample, naming the file that is bad."""
     raw = source[index]
-    try:
-        return decode(raw.image, max_pixels, image_size), raw.caption
-    except BadSample as error:
-        raise BadSample(f"{raw.origin}: {error}") from error
+    if len(raw.references) > limits.max_references:
+        raise BadSample(
+            f"{raw.origin}: {len(raw.references)} reference images, data.max_references is "
+            f"{limits.max_references}"
+        )
+    sized = [(*reference, limits.reference_side) for reference in raw.references]
+    images = []
+    for data, origin, size in ((raw.image, raw.origin, limits.image_size), *sized):
+        try:
+            images.append(decode(data, limits.max_pixels, size))
+        except BadSample as error:
+            raise BadSample(f"{origin}: {error}") from error
+    return Loaded(images[0], raw.caption, images[1:])

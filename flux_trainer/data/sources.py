@@ -1,7 +1,8 @@
 """Where samples come from: a folder, a jsonl file, a Hugging Face data set, or nothing at all (synthetic).
 
-A source is a random-access list of (image, caption). It reads and does not decode; it holds no open file, so
-that workers can inherit or unpickle it. A new kind is a class like these and a line in `open_source`.
+A source is a random-access list of (image, caption, reference images). It reads and does not decode; it holds
+no open file, so that workers can inherit or unpickle it. A new kind is a class like these and a line in
+`open_source`.
 """
 
 from __future__ import annotations
@@ -10,7 +11,8 @@ import hashlib
 import json
 import os
 from array import array
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -24,11 +26,13 @@ from flux_trainer.flow.rng import Purpose, uniform
 
 
 class RawSample(NamedTuple):
-    """An image (a file's bytes, or decoded), its caption, and the words that lead a reader to it."""
+    """An image (a file's bytes, or decoded), its caption, and the words that lead a reader to it; a file's
+    bytes and its path for each image that it refers to."""
 
     image: bytes | Image.Image
     caption: str
     origin: str
+    references: tuple[tuple[bytes, str], ...] = ()
 
 
 class ImageSource(Protocol):
@@ -53,9 +57,9 @@ def open_source(section: Source) -> ImageSource:
     caption_key = section.caption_key or "text"
     source: ImageSource
     if section.type == "folder":
-        source = FolderSource(section.path)
+        source = FolderSource(section.path, section.reference_paths)
     elif section.type == "jsonl":
-        source = JsonlSource(section.path, image_key, caption_key)
+        source = JsonlSource(section.path, image_key, caption_key, section.reference_key)
     else:
         source = HuggingFaceSource(section.path, section.split, image_key, caption_key)
     if len(source) == 0:
@@ -64,20 +68,25 @@ def open_source(section: Source) -> ImageSource:
 
 
 class FolderSource:
-    """All images below a folder, in the order of their paths, each with its caption in a `.txt` beside it."""
+    """All images below a folder, in the order of their paths, each with its caption in a `.txt` beside it.
 
-    def __init__(self, path: str) -> None:
-        if not os.path.isdir(path):
-            raise DataError(f"The image folder {path} does not exist.")
+    The images of the same name below other folders are its references.
+    """
+
+    def __init__(self, path: str, reference_paths: Sequence[str] = ()) -> None:
         self.name = f"folder {path}"
         self.root = path
-        self.files = sorted(
-            os.path.relpath(os.path.join(folder, file), path)
-            for folder, _, files in os.walk(path)
-            for file in files
-            if os.path.splitext(file)[1].lower() in EXTENSIONS and not file.startswith(".")
-        )
-        self.fingerprint = digest(os.fsencode(file) + b"\n" for file in self.files)
+        self.files = images_below(path)
+        stems = [os.path.splitext(file)[0] for file in self.files]
+        self.references: list[list[str]] = [[] for _ in stems]
+        for folder in reference_paths:
+            found = {os.path.splitext(file)[0]: file for file in images_below(folder)}
+            if not found.keys() & set(stems):
+                raise DataError(f"No image in {folder} has the name of one in {path}, to be its reference.")
+            for stem, references in zip(stems, self.references, strict=True):
+                if stem in found:
+                    references.append(os.path.join(folder, found[stem]))
+        self.fingerprint = digest(os.fsencode(file) + b"\n" for file in chain(self.files, *self.references))
 
     def __len__(self) -> int:
         return len(self.files)
@@ -89,17 +98,19 @@ class FolderSource:
             caption = read(caption_path).decode("utf-8-sig")
         except UnicodeDecodeError as error:
             raise BadSample(f"{caption_path} is not UTF-8") from error
-        return RawSample(read(path), checked(caption, caption_path), path)
+        references = tuple((read(name), name) for name in self.references[index])
+        return RawSample(read(path), checked(caption, caption_path), path, references)
 
 
 class JsonlSource:
     """A file of JSON objects, one a line; image paths are relative to its folder. Holds line offsets only."""
 
-    def __init__(self, path: str, image_key: str, caption_key: str) -> None:
+    def __init__(self, path: str, image_key: str, caption_key: str, reference_key: str = "") -> None:
         if not os.path.isfile(path):
             raise DataError(f"The jsonl file {path} does not exist.")
         self.name = f"jsonl {path}"
         self.path, self.image_key, self.caption_key = path, image_key, caption_key
+        self.reference_key = reference_key
         self.offsets = array("q")  # of lines that are not blank, in bytes
 
         def lines() -> Iterator[bytes]:
@@ -111,7 +122,7 @@ class JsonlSource:
                         yield line
                     position += len(line)
 
-        self.fingerprint = digest(lines())
+        self.fingerprint = digest(chain(lines(), [reference_key.encode()]))
 
     def __len__(self) -> int:
         return len(self.offsets)
@@ -127,9 +138,15 @@ class JsonlSource:
         if not isinstance(fields, dict) or not isinstance(fields.get(self.image_key), str):
             keys = ", ".join(fields) if isinstance(fields, dict) else "no object"
             raise BadSample(f'the line has no "{self.image_key}" (it has: {keys})')
-        image = os.path.join(os.path.dirname(self.path), fields[self.image_key])
+        folder = os.path.dirname(self.path)
+        image = os.path.join(folder, fields[self.image_key])
         caption = checked(fields.get(self.caption_key), f'"{self.caption_key}"')
-        return RawSample(read(image), caption, image)
+        names = fields.get(self.reference_key) or [] if self.reference_key else []
+        names = [names] if isinstance(names, str) else names
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise BadSample(f'"{self.reference_key}" is neither a path nor a list of paths')
+        paths = [os.path.join(folder, name) for name in names]
+        return RawSample(read(image), caption, image, tuple((read(path), path) for path in paths))
 
 
 class HuggingFaceSource:
@@ -191,6 +208,18 @@ class SyntheticSource:
         colours = uniform(0, Purpose.SYNTHETIC, torch.tensor([index]), shape)[0] * 256
         name = f"synthetic sample {index}"
         return RawSample(Image.fromarray(colours.to(torch.uint8).numpy()), name, name)
+
+
+def images_below(path: str) -> list[str]:
+    """The image files below a folder, relative to it, sorted. Raises DataError if there is no such folder."""
+    if not os.path.isdir(path):
+        raise DataError(f"The image folder {path} does not exist.")
+    return sorted(
+        os.path.relpath(os.path.join(folder, file), path)
+        for folder, _, files in os.walk(path)
+        for file in files
+        if os.path.splitext(file)[1].lower() in EXTENSIONS and not file.startswith(".")
+    )
 
 
 def digest(parts: Iterable[bytes]) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -26,15 +26,17 @@ class Encoded:
     """[B, L, C]: the caption's tokens."""
     vec: Tensor | None
     """[B, D]: CLIP's pooled features; FLUX.2 has none."""
+    references: list[list[Tensor]] = field(default_factory=list)
+    """Latents [C, h, w] of each sample's reference images; empty if no sample has one."""
 
-    def map(self, change: Callable[[Tensor], Tensor]) -> Encoded:
-        """The same record with `change` applied to every tensor."""
+    def map(self, change: Callable[[Tensor], Tensor], references: list[list[Tensor]]) -> Encoded:
+        """The record with `change` applied to every [B, ...], and with those references."""
         vec = None if self.vec is None else change(self.vec)
-        return Encoded(change(self.latents), change(self.txt), vec)
+        return Encoded(change(self.latents), change(self.txt), vec, references)
 
     def rows(self, part: slice) -> Encoded:
         """Some of the samples."""
-        return self.map(lambda x: x[part])
+        return self.map(lambda x: x[part], self.references[part])
 
     @classmethod
     def cat(cls, parts: Sequence[Encoded]) -> Encoded:
@@ -46,6 +48,7 @@ class Encoded:
             torch.cat([p.latents for p in parts]),
             torch.cat([p.txt for p in parts]),
             torch.cat(vecs) if vecs else None,
+            [images for p in parts for images in p.references],
         )
 
 
@@ -77,6 +80,19 @@ class Codec:
         if noise is not None:
             noise = noise.to(self.device, self.dtype)
         return self.autoencoder.encode(image.to(self.dtype), noise)
+
+    def encode_references(self, images: Sequence[Sequence[Tensor]]) -> list[list[Tensor]]:
+        """The mean latents [C, h, w] of each sample's reference images, uint8 [3, H, W] of any sizes."""
+        alike: dict[torch.Size, list[tuple[int, int]]] = {}  # by size: (sample, number of its image)
+        for i, sample in enumerate(images):
+            for k, image in enumerate(sample):
+                alike.setdefault(image.shape, []).append((i, k))
+        latents = [[torch.empty(0)] * len(sample) for sample in images]
+        for places in alike.values():
+            encoded = self.encode_images(torch.stack([images[i][k] for i, k in places]))
+            for (i, k), x in zip(places, encoded, strict=True):
+                latents[i][k] = x
+        return latents
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
@@ -120,11 +136,13 @@ class Encoders(Codec):
         drop_t5: Tensor,
         drop_clip: Tensor,
         noise: Tensor | None = None,
+        references: Sequence[Sequence[Tensor]] = (),
     ) -> Encoded:
         """Encode images (uint8 [B, 3, H, W]) and tokenized captions, dropped where the flags [B] say so
         (FLUX.2's one encoder goes by `drop_t5`).
 
-        `noise` as in `encode_images`.
+        `noise` as in `encode_images`, `references` as in `encode_references`.
         """
         features = self.text.drop(self.text.encode(ids), drop_t5, drop_clip)
-        return Encoded(self.encode_images(images, noise), features.txt, features.vec)
+        latents, shown = self.encode_images(images, noise), self.encode_references(references)
+        return Encoded(latents, features.txt, features.vec, shown)

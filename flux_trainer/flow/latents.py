@@ -2,18 +2,31 @@
 
 FLUX.1 makes a token of each 2 x 2 square of latents; its position is (0, row, column) of the square, and
 text tokens all stand at (0, 0, 0). FLUX.2's latents are tokens as they are; a position is (time, row, column,
-place in the text): images stand at (0, row, column, 0), text tokens at (0, 0, 0, place), and the i-th
-reference image, from 0 on, at time 10 (i + 1).
+place in the text): images stand at (0, row, column, 0), text tokens at (0, 0, 0, place).
+
+The i-th reference image of a sample, from 1 on, stands at time 10 i in FLUX.2, at first coordinate i in
+FLUX.1 (Kontext, Labs et al. 2025), with rows and columns of its own from 0 on.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-REFERENCE_TIME = 10  # between one reference image and the next
+
+@dataclass(frozen=True)
+class References:
+    """The reference images of B samples as tokens, those of a sample one after another."""
+
+    tokens: Tensor
+    """[B, R, C]; zeros where a sample has fewer than R."""
+    ids: Tensor
+    """[B, R, axes]: positions."""
+    counts: tuple[int, ...]
+    """Tokens of each sample."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +41,8 @@ class LatentSpace:
     """Latents per token, along each side."""
     axes: int
     """Numbers in a position."""
+    reference_time: int
+    """From one reference image to the next."""
 
     @property
     def pixels_per_token(self) -> int:
@@ -69,6 +84,37 @@ class LatentSpace:
         ids[..., 2] = torch.arange(columns, device=device)
         return ids.view(1, -1, self.axes).expand(batch, -1, -1)
 
+    def references(
+        self, samples: Sequence[Sequence[Tensor]], like: Tensor, length: int = 0
+    ) -> References | None:
+        """The latents [C, h, w], of any sizes, of each sample's reference images as tokens.
+
+        Args:
+            like: of the dtype and on the device of the result.
+            length: tokens to pad each sample to; the longest sample's, if that has more.
+
+        Returns:
+            None if there is not a token.
+        """
+        counts = tuple(map(self.reference_tokens, samples))
+        length = max((length, *counts))
+        if length == 0:
+            return None
+        tokens = like.new_zeros(len(samples), length, self.channels * self.patch**2)
+        ids = torch.zeros(len(samples), length, self.axes, device=like.device)
+        for sample, images in enumerate(samples):
+            end = 0
+            for i, x in enumerate(images, 1):
+                start, end = end, end + self.reference_tokens([x])
+                tokens[sample, start:end] = self.pack(x[None])[0]
+                height, width = x.shape[1:]
+                ids[sample, start:end] = self.image_ids(1, height, width, time=i * self.reference_time)
+        return References(tokens, ids, counts)
+
+    def reference_tokens(self, images: Sequence[Tensor]) -> int:
+        """Tokens of images' latents [C, h, w]."""
+        return sum((x.shape[1] // self.patch) * (x.shape[2] // self.patch) for x in images)
+
     def text_ids(self, batch: int, length: int, device: torch.device | str = "cpu") -> Tensor:
         """Positions [B, L, axes] in float32 of text tokens."""
         ids = torch.zeros(length, self.axes, device=device)
@@ -86,7 +132,7 @@ class LatentSpace:
         return height // self.patch, width // self.patch
 
 
-FLUX1 = LatentSpace(channels=16, pixels=8, patch=2, axes=3)
-FLUX2 = LatentSpace(channels=128, pixels=16, patch=1, axes=4)
+FLUX1 = LatentSpace(channels=16, pixels=8, patch=2, axes=3, reference_time=1)
+FLUX2 = LatentSpace(channels=128, pixels=16, patch=1, axes=4, reference_time=10)
 SPACES = {"flux1": FLUX1, "flux2": FLUX2}
 """By family."""

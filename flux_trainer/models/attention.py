@@ -3,6 +3,9 @@
 `attention` is the one seam that context parallelism swaps: each block holds it as `self.attention`.
 """
 
+from collections.abc import Callable
+from itertools import groupby
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -12,13 +15,49 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 SHORT = 128
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Full (not causal, unmasked) attention; queries, keys, values and result are [B, L, H, D]."""
+Lengths = tuple[tuple[int, ...], ...]
+"""For each sample: how many tokens count on each of the ranks that share them. There is one such rank, unless
+context parallelism shares tokens out. What lies behind those that count is padding."""
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, lengths: Lengths | None = None) -> Tensor:
+    """Full (not causal, unmasked) attention; queries, keys, values and result are [B, L, H, D].
+
+    With `lengths`, padding is attended to by none, and its own result is zero.
+    """
+    if lengths is not None:
+        return without_padding(lambda q, k, v, _: attention(q, k, v), q, k, v, lengths)
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # [B, H, L, D]
     if q.device.type == "cpu" and k.shape[2] <= SHORT:
         with sdpa_kernel(SDPBackend.MATH):
             return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
     return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+
+
+def without_padding(
+    attend: Callable[[Tensor, Tensor, Tensor, tuple[int, ...]], Tensor],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lengths: Lengths,
+    rank: int = 0,
+) -> Tensor:
+    """`attend` to what counts of each sample: q, k, v and the result [B, L, H, D], padding's result zero.
+
+    Neighbours of one length are attended to together. That does no work for padding and takes any backend of
+    attention, of which the fastest have no masks.
+
+    Args:
+        attend: of queries, keys, values [b, l, H, D] and their lengths on all ranks.
+        rank: this one's number in `lengths`.
+    """
+    results, start = [], 0
+    for length, run in groupby(lengths):
+        end, own = start + len(list(run)), length[rank]
+        result = attend(q[start:end, :own], k[start:end, :own], v[start:end, :own], length)
+        results.append(F.pad(result, (0, 0, 0, 0, 0, q.shape[1] - own)))  # [b, L, H, D]
+        start = end
+    return torch.cat(results)
 
 
 def rope_table(ids: Tensor, axes_dim: tuple[int, ...], theta: float) -> Tensor:

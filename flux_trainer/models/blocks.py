@@ -11,7 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from flux_trainer.models.attention import apply_rope, attention
+from flux_trainer.models.attention import Lengths, apply_rope, attention
 from flux_trainer.models.layers import (
     GELU,
     FusedLinear,
@@ -21,6 +21,8 @@ from flux_trainer.models.layers import (
     modulate,
     split_modulation,
 )
+
+Attention = Callable[[Tensor, Tensor, Tensor, Lengths | None], Tensor]
 
 
 class BlockConfig(Protocol):
@@ -92,12 +94,21 @@ class DoubleStreamBlock(nn.Module):
         self.txt_attn = SelfAttention(config)
         self.txt_norm2 = LayerNorm(h)
         self.txt_mlp = mlp(config)
-        self.attention: Callable[[Tensor, Tensor, Tensor], Tensor] = attention
+        self.attention: Attention = attention
 
     def forward(
-        self, img: Tensor, txt: Tensor, img_mod: Tensor, txt_mod: Tensor, pe: Tensor
+        self,
+        img: Tensor,
+        txt: Tensor,
+        img_mod: Tensor,
+        txt_mod: Tensor,
+        pe: Tensor,
+        lengths: Lengths | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """img [B, L_img, h], txt [B, L_txt, h], modulations [B, 6 h], pe (text, then image) -> img, txt."""
+        """img [B, L_img, h], txt [B, L_txt, h], modulations [B, 6 h], pe (text, then image) -> img, txt.
+
+        `lengths` as in `attention`, for text and image together.
+        """
         img_shift1, img_scale1, img_gate1, img_shift2, img_scale2, img_gate2 = split_modulation(img_mod, 2)
         txt_shift1, txt_scale1, txt_gate1, txt_shift2, txt_scale2, txt_gate2 = split_modulation(txt_mod, 2)
 
@@ -106,7 +117,7 @@ class DoubleStreamBlock(nn.Module):
         q = apply_rope(torch.cat((txt_q, img_q), dim=1), pe)  # [B, L, H, D]
         k = apply_rope(torch.cat((txt_k, img_k), dim=1), pe)
         v = torch.cat((txt_v, img_v), dim=1)
-        joint = self.attention(q, k, v).flatten(2)  # [B, L, h]
+        joint = self.attention(q, k, v, lengths).flatten(2)  # [B, L, h]
         txt_out, img_out = joint.split((txt.shape[1], img.shape[1]), dim=1)
 
         img = img + img_gate1 * self.img_attn.proj(img_out)
@@ -128,13 +139,13 @@ class SingleStreamBlock(nn.Module):
         self.norm = QKNorm(config.head_dim)
         self.pre_norm = LayerNorm(h)
         self.mlp_act = SwiGLU() if config.gated else GELU()
-        self.attention: Callable[[Tensor, Tensor, Tensor], Tensor] = attention
+        self.attention: Attention = attention
 
-    def forward(self, x: Tensor, mod: Tensor, pe: Tensor) -> Tensor:
-        """x [B, L, h] (text, then image), modulation [B, 3 h], pe -> x."""
+    def forward(self, x: Tensor, mod: Tensor, pe: Tensor, lengths: Lengths | None = None) -> Tensor:
+        """x [B, L, h] (text, then image), modulation [B, 3 h], pe -> x; `lengths` as in `attention`."""
         shift, scale, gate = split_modulation(mod, 1)
         q, k, v, *mlp = self.linear1.split(self.linear1(modulate(self.pre_norm(x), shift, scale)))
         q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in (q, k, v))  # [B, L, H, D]
         q, k = self.norm(q, k)
-        joint = self.attention(apply_rope(q, pe), apply_rope(k, pe), v).flatten(2)  # [B, L, h]
+        joint = self.attention(apply_rope(q, pe), apply_rope(k, pe), v, lengths).flatten(2)  # [B, L, h]
         return x + gate * self.linear2(torch.cat((joint, self.mlp_act(*mlp)), dim=-1))

@@ -9,12 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from flux_trainer.models import blocks
+from flux_trainer.models.attention import Lengths
 from flux_trainer.models.configs import TIME_DIM, Flux1Config
-from flux_trainer.models.layers import (
-    LastLayer,
-    MLPEmbedder,
-    Modulation,
-)
+from flux_trainer.models.layers import LastLayer, MLPEmbedder, Modulation
 from flux_trainer.models.model import FluxModel, State
 
 
@@ -26,9 +23,11 @@ class DoubleStreamBlock(blocks.DoubleStreamBlock):
         self.img_mod = Modulation(config.hidden_size, triples=2)
         self.txt_mod = Modulation(config.hidden_size, triples=2)
 
-    def forward(self, img: Tensor, txt: Tensor, vec: Tensor, pe: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+    def forward(  # type: ignore[override]
+        self, img: Tensor, txt: Tensor, vec: Tensor, pe: Tensor, lengths: Lengths | None = None
+    ) -> tuple[Tensor, Tensor]:
         """img [B, L_img, h], txt [B, L_txt, h], vec [B, h], pe (text, then image) -> img, txt."""
-        return super().forward(img, txt, self.img_mod(vec), self.txt_mod(vec), pe)
+        return super().forward(img, txt, self.img_mod(vec), self.txt_mod(vec), pe, lengths)
 
 
 class SingleStreamBlock(blocks.SingleStreamBlock):
@@ -38,9 +37,9 @@ class SingleStreamBlock(blocks.SingleStreamBlock):
         super().__init__(config)
         self.modulation = Modulation(config.hidden_size, triples=1)
 
-    def forward(self, x: Tensor, vec: Tensor, pe: Tensor) -> Tensor:
+    def forward(self, x: Tensor, vec: Tensor, pe: Tensor, lengths: Lengths | None = None) -> Tensor:
         """x [B, L, h] (text, then image), vec [B, h], pe -> x."""
-        return super().forward(x, self.modulation(vec), pe)
+        return super().forward(x, self.modulation(vec), pe, lengths)
 
 
 class Flux1Model(FluxModel):
@@ -70,19 +69,21 @@ class Flux1Model(FluxModel):
         timesteps: Tensor,
         y: Tensor,
         guidance: Tensor | None = None,
+        lengths: Lengths | None = None,
         state: State | None = None,
     ) -> Tensor | State:
         """Velocity [B, L_img, out_channels] in the weights' dtype.
 
         img [B, L_img, in_channels], txt [B, L_txt, context_in_dim] and y [B, vec_in_dim] in any dtype;
         img_ids and txt_ids [B, L, axes], timesteps [B] in [0, 1] and guidance [B] (say 3.5) in float32 or
-        wider, because bf16 cannot hold 1000 t or positions above 256. A model without guidance embedding
-        ignores guidance; one with it raises ValueError when it gets None.
+        wider, because bf16 cannot hold 1000 t or positions above 256. Tokens of reference images (Kontext)
+        come after those of the image in img, and the result covers them too. A model without guidance
+        embedding ignores guidance; one with it raises ValueError when it gets None.
 
-        `state` as in `FluxModel.forward`.
+        `lengths` and `state` as in `FluxModel.forward`.
         """
         state = state or self.embed(img, txt, timesteps, y, guidance)
-        return self.run(state, torch.cat((txt_ids, img_ids), dim=1))
+        return self.run(state, torch.cat((txt_ids, img_ids), dim=1), lengths)
 
     @staticmethod
     def arguments(

@@ -8,6 +8,7 @@ Shapes: B samples, L tokens, h = hidden_size.
 import torch
 from torch import Tensor, nn
 
+from flux_trainer.models.attention import Lengths
 from flux_trainer.models.blocks import DoubleStreamBlock, SingleStreamBlock
 from flux_trainer.models.configs import TIME_DIM, Flux2Config
 from flux_trainer.models.layers import LastLayer, MLPEmbedder, Modulation
@@ -42,6 +43,7 @@ class Flux2Model(FluxModel):
         ctx: Tensor,
         ctx_ids: Tensor,
         guidance: Tensor | None = None,
+        lengths: Lengths | None = None,
         state: State | None = None,
     ) -> Tensor | State:
         """Velocity [B, L_img, in_channels] in the weights' dtype.
@@ -52,10 +54,10 @@ class Flux2Model(FluxModel):
         the image in x, and the result covers them too. A model without guidance embedding ignores guidance;
         one with it raises ValueError when it gets None.
 
-        `state` as in `FluxModel.forward`.
+        `lengths` and `state` as in `FluxModel.forward`.
         """
         state = state or self.embed(x, ctx, timesteps, guidance)
-        return self.run(state, torch.cat((ctx_ids, x_ids), dim=1))
+        return self.run(state, torch.cat((ctx_ids, x_ids), dim=1), lengths)
 
     @staticmethod
     def arguments(

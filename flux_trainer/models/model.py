@@ -7,14 +7,14 @@ pipelines go by. A family adds its embedders, the names of its arguments, and wh
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import fields
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from flux_trainer.models.attention import rope_table
+from flux_trainer.models.attention import Lengths, rope_table
 from flux_trainer.models.configs import TIME_DIM, ModelConfig
 from flux_trainer.models.init import Constant, Distribution, Normal, Rows, xavier_uniform
 from flux_trainer.models.layers import FusedLinear, LastLayer, MLPEmbedder, timestep_embedding
@@ -22,6 +22,9 @@ from flux_trainer.models.layers import FusedLinear, LastLayer, MLPEmbedder, time
 State = tuple[Tensor, ...]
 """What goes from block to block: img [B, L_img, h], txt [B, L_txt, h], vec [B, h], which the head takes, and
 what else a family modulates its blocks with, [B, n h] each."""
+
+Arguments = Mapping[str, Tensor | Lengths | None]
+"""Of a model's `forward`, by name, without `state`."""
 
 
 class FluxModel(nn.Module):
@@ -41,6 +44,9 @@ class FluxModel(nn.Module):
     def forward(self, **inputs: Any) -> Tensor | State:
         """Velocity [B, L_img, channels] in the weights' dtype.
 
+        With `lengths`, text and image tokens together count for so many; the rest, at the end of the image
+        tokens, is padding, and what comes of it means nothing.
+
         Of a model that was cut into stages (`parallel/cut.py`), all but the first go on from `state`, what
         the stage before returned, and all but the last return theirs.
         """
@@ -57,7 +63,7 @@ class FluxModel(nn.Module):
         pooled: Tensor | None,
         guidance: Tensor | None,
     ) -> dict[str, Tensor | None]:
-        """The arguments of `forward` by its own names.
+        """The arguments of `forward` by its own names; `lengths` and `state` are called so by all.
 
         image [B, L_img, in_channels], text [B, L_txt, context_in_dim], positions [B, L, axes] of both,
         timesteps [B], the pooled caption [B, vec_in_dim] where the family takes one, and guidance [B].
@@ -67,16 +73,16 @@ class FluxModel(nn.Module):
     def modulations(self, state: State) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         """What double-stream and single-stream blocks take between the tokens and the positions."""
 
-    def run(self, state: State, ids: Tensor) -> Tensor | State:
+    def run(self, state: State, ids: Tensor, lengths: Lengths | None = None) -> Tensor | State:
         """The blocks and the head, from `state` and the positions [B, L_txt + L_img, axes] on."""
         img, txt, vec, *_ = state
         of_double, of_single = self.modulations(state)
         pe = rope_table(ids, self.config.axes_dim, self.config.theta)
         for block in self.double_blocks:
-            img, txt = block(img, txt, *of_double, pe)
+            img, txt = block(img, txt, *of_double, pe, lengths)
         tokens = torch.cat((txt, img), dim=1)  # [B, L_txt + L_img, h]
         for block in self.single_blocks:
-            tokens = block(tokens, *of_single, pe)
+            tokens = block(tokens, *of_single, pe, lengths)
         txt, img = tokens.split((txt.shape[1], img.shape[1]), dim=1)
         return (img, txt, *state[2:]) if self.final_layer is None else self.final_layer(img, vec)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from math import prod
 from typing import Literal
 
+from flux_trainer.config.pictures import reference_side
 from flux_trainer.config.problems import ConfigError
 from flux_trainer.config.schema import JobConfig, Parallelism, Training
 from flux_trainer.models.configs import ModelConfig
@@ -40,6 +41,18 @@ def tokens(config: JobConfig) -> tuple[int, int]:
     """Image and text tokens of a training sample; an image token covers 16 x 16 pixels."""
     text: int = getattr(config.encoder, FLAVORS[config.model.flavor].text_length)
     return (config.training.img_size // 16) ** 2, text
+
+
+def has_references(config: JobConfig) -> bool:
+    """Whether a source of training or validation names reference images."""
+    sources = [*config.data.sources, *config.validation.sources]
+    return any(source.reference_key or source.reference_paths for source in sources)
+
+
+def reference_tokens(config: JobConfig) -> int:
+    """The most that the reference images of a training sample come to."""
+    side = reference_side(config.data, config.training.img_size)
+    return config.data.max_references * (side * side // 256) if has_references(config) else 0
 
 
 def global_batch_size(training: Training, groups: int) -> int:

@@ -17,12 +17,14 @@ The modules `ulysses`, `ring` and `gathered` say what holds where nothing divide
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import get_args
 
 import torch
 from torch import Tensor
 from torch.distributed.distributed_c10d import ProcessGroup
 
+from flux_trainer.models.attention import Lengths, without_padding
 from flux_trainer.parallel.arithmetic import Method, check_context
 from flux_trainer.parallel.gathered import gather_tokens, gathered_attention
 from flux_trainer.parallel.group import shares
@@ -76,16 +78,36 @@ class ContextParallel:
         """This rank's tokens of each stream [B, L, ...]: views [B, L_r, ...]."""
         return tuple(x.tensor_split(self.size, dim=1)[self.rank] for x in streams)
 
+    def split_padded(self, counts: Sequence[int], *streams: Tensor) -> tuple[Tensor, ...]:
+        """This rank's share of each sample's own tokens, the first `counts[i]` of L, of streams [B, L, ...]:
+        [B, ceil(L / W), ...], with zeros behind them. Shares are as even as `split`'s, padding has none."""
+        parts = []
+        for x in streams:
+            part = x.new_zeros(x.shape[0], -(-x.shape[1] // self.size), *x.shape[2:])
+            for i, count in enumerate(counts):
+                own = x[i, :count].tensor_split(self.size)[self.rank]
+                part[i, : len(own)] = own
+            parts.append(part)
+        return tuple(parts)
+
     def gather(self, x: Tensor, length: int) -> Tensor:
         """A stream's tokens [B, L_r, ...] of all ranks -> [B, length, ...], in order. It has no gradient."""
         (whole,) = gather_tokens((x.detach(),), shares(length, self.size), self.group)
         return whole.transpose(0, 1)
 
-    def attention(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Attention of this rank's queries to all ranks' keys: [B, L_r, H, D] in and out."""
+    def attention(self, q: Tensor, k: Tensor, v: Tensor, lengths: Lengths | None = None) -> Tensor:
+        """Attention of this rank's queries to all ranks' keys: [B, L_r, H, D] in and out.
+
+        With `lengths`, padding is attended to by none, and its own result is zero.
+        """
+        if lengths is not None:
+            return without_padding(self._attend, q, k, v, lengths, self.rank)
         if not torch.compiler.is_compiling():  # there it would tie the graph to a length
             assert q.shape[1] == self._own, f"{q.shape[1]} tokens, but begin() said {self._own}"
-        lengths = [q.shape[1] + more for more in self._longer]
+        return self._attend(q, k, v, [q.shape[1] + more for more in self._longer])
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int]) -> Tensor:
+        """`lengths`: tokens of each rank."""
         if self.method == "ring":
             return ring_attention(q, k, v, lengths, self.group_name)[0]
         method = ulysses_attention if self.method == "ulysses" else gathered_attention

@@ -21,7 +21,7 @@ once in a step, and the rank has room for the weights and gradients of its whole
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -31,13 +31,13 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining.schedules import PipelineScheduleMulti, get_schedule_class
 
-from flux_trainer.models.model import FluxModel
+from flux_trainer.models.model import Arguments, FluxModel
 from flux_trainer.parallel.cut import take
 from flux_trainer.parallel.stages import STAGES_PER_RANK
 from flux_trainer.runtime import peers
 
-Inputs = Mapping[str, Tensor | None]
-"""Arguments of the model by name, without `state`; those of all ranks of a pipeline are the same."""
+Inputs = Arguments
+"""Those of all ranks of a pipeline are the same."""
 
 
 class Pipeline:
@@ -130,14 +130,18 @@ class Pipeline:
 
     def shapes(self, inputs: Inputs) -> tuple[tuple[Tensor, ...], Tensor]:
         """A state and the output for such inputs, on the meta device."""
-        on_meta = {name: None if x is None else x.to("meta") for name, x in inputs.items()}
+        on_meta: dict[str, Any] = {
+            name: x.to("meta") if isinstance(x, Tensor) else x for name, x in inputs.items()
+        }
         with torch.no_grad():
             state = tuple(contiguous_copy(s) for s in self.ends[0](**on_meta))
             return state, contiguous_copy(self.ends[1](**on_meta, state=state))
 
     def _schedule(self) -> Any:
         """The schedule for the present micro-batches."""
-        shapes = [{name: x.shape for name, x in each.items() if x is not None} for each in self.inputs]
+        shapes = [
+            {name: x.shape for name, x in each.items() if isinstance(x, Tensor)} for each in self.inputs
+        ]
         assert all(each == shapes[0] for each in shapes), f"micro-batches of different shapes: {shapes}"
         key = (len(shapes), *shapes[0].items())
         if not self.schedules:  # all ranks at once: nccl connects a group in its first collective

@@ -191,6 +191,30 @@ def all_gather_rows(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     return whole
 
 
+def all_gather_ragged(
+    nested: list[list[Tensor]], like: Tensor, group: dist.ProcessGroup | None
+) -> list[list[Tensor]]:
+    """The lists of tensors of all ranks of `group`, in rank order. No group: `nested` itself.
+
+    Tensors may have any shapes, in the dtype and on the device of `like`. The host does not wait for the
+    device, for shapes go by gloo. No gradient flows.
+    """
+    if group is None:
+        return nested
+    shapes = all_gather([[x.shape for x in tensors] for tensors in nested], group)
+    numels = [[shape.numel() for each in theirs for shape in each] for theirs in shapes]
+    longest = max(sum(each) for each in numels)
+    mine = [x.flatten() for tensors in nested for x in tensors]
+    padding = like.new_zeros(longest - sum(len(x) for x in mine))
+    gathered = []
+    for row, theirs, each in zip(
+        all_gather_rows(torch.cat([*mine, padding])[None], group), shapes, numels, strict=True
+    ):
+        parts = iter(row[: sum(each)].split(each))
+        gathered += [[next(parts).view(shape) for shape in sample] for sample in theirs]
+    return gathered
+
+
 @contextmanager
 def peers_alive(doing: str) -> Iterator[None]:
     """Turn the failure of a collective inside into PeerLost."""

@@ -210,7 +210,7 @@ def test_workers_end_with_the_program(ending: str, status: int, patience: float)
 @pytest.mark.parametrize("count", [1, 7, 12])
 def test_validation_is_the_same_for_any_number_of_ranks(jsonl: Jsonl, count: int) -> None:
     sections = [jsonl(12, broken=(5,))]
-    samples = ValidationSamples(sections, count=count, image_size=SIZE, max_pixels=1000)
+    samples = ValidationSamples(sections, count=count, image_size=SIZE, data=Data(max_pixels=1000))
     expected = [samples.get(i) for i in range(count)]
     for world_size, batch_size, workers in ((1, 1, 0), (1, 5, 0), (2, 2, 1), (4, 3, 0)):
         seen: dict[int, Sample] = {}
@@ -235,6 +235,6 @@ def test_validation_is_the_same_for_any_number_of_ranks(jsonl: Jsonl, count: int
 
 
 def test_validation_can_be_repeated(jsonl: Jsonl) -> None:
-    samples = ValidationSamples([jsonl(5)], count=-1, image_size=SIZE, max_pixels=1000)
+    samples = ValidationSamples([jsonl(5)], count=-1, image_size=SIZE, data=Data(max_pixels=1000))
     loader = ValidationLoader(Data(num_workers=1), samples, batch_size=2, rank=0, world_size=1)
     assert contents(list(loader)) == contents(list(loader))

@@ -119,7 +119,7 @@ def test_a_set_without_a_single_good_sample_says_why(jsonl: Jsonl) -> None:
 
 def test_validation_samples_are_fixed_and_in_order(jsonl: Jsonl) -> None:
     sections = [jsonl(3, "a"), jsonl(4, "b", broken=(1,))]
-    samples = ValidationSamples(sections, count=-1, image_size=SIZE, max_pixels=1000)
+    samples = ValidationSamples(sections, count=-1, image_size=SIZE, data=Data(max_pixels=1000))
     assert samples.count == 7
     got = [samples.get(i) for i in range(9)]
     assert [s.draw for s in got] == list(range(9))
@@ -128,9 +128,9 @@ def test_validation_samples_are_fixed_and_in_order(jsonl: Jsonl) -> None:
     assert [(r.source, r.index) for s in got for r in s.bad] == [(f"jsonl {sections[1].path}", 1)]
     raw = samples.sources[1][2]
     assert torch.equal(got[5].image, square(decode(raw.image, 1000), SIZE))
-    few = ValidationSamples(sections, count=3, image_size=SIZE, max_pixels=1000)
+    few = ValidationSamples(sections, count=3, image_size=SIZE, data=Data(max_pixels=1000))
     assert [few.get(i).caption for i in range(3)] == ["a 0", "a 2", ""]  # items 0, 2 and 4 of 7
-    assert ValidationSamples(sections, count=100, image_size=SIZE, max_pixels=1000).count == 7
+    assert ValidationSamples(sections, count=100, image_size=SIZE, data=Data(max_pixels=1000)).count == 7
 
 
 def test_validation_refuses_weights_and_nothing(jsonl: Jsonl) -> None:
@@ -141,7 +141,7 @@ def test_validation_refuses_weights_and_nothing(jsonl: Jsonl) -> None:
         ([section.model_copy(update={"repeats": 2})], "remove weight"),
     ):
         with pytest.raises(DataError, match=words):
-            ValidationSamples(sections, count=-1, image_size=SIZE, max_pixels=1000)
+            ValidationSamples(sections, count=-1, image_size=SIZE, data=Data(max_pixels=1000))
 
 
 def test_a_batch_counts_bad_draws_and_records(jsonl: Jsonl) -> None:

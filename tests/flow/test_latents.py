@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from flux_trainer.flow.latents import FLUX1, FLUX2, REFERENCE_TIME, SPACES
+from flux_trainer.flow.latents import FLUX1, FLUX2, SPACES
 
 GOLDEN = load_file(Path(__file__).parents[1] / "golden" / "ids_packing_math.safetensors")
 CASES = sorted({key.rpartition(".")[0] for key in GOLDEN if key.endswith(".packed")})
@@ -35,7 +35,7 @@ def test_golden_positions_of_reference_images(case):
     sizes = GOLDEN[f"flux2.refs.{case}.image_sizes_wh"].tolist()
     ids = torch.cat(
         [
-            FLUX2.image_ids(1, h // 16, w // 16, time=REFERENCE_TIME * (i + 1))
+            FLUX2.image_ids(1, h // 16, w // 16, time=FLUX2.reference_time * (i + 1))
             for i, (w, h) in enumerate(sizes)
         ],
         dim=1,

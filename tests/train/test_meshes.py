@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.ranks import run_ranks
+from helpers.referring import referring_flags, write_referring
 from helpers.tiny_run import TinyTrainer, lines, tiny_config
 from PIL import Image
 from torch import Tensor
@@ -33,6 +34,8 @@ class Row:
     tp: int = 1
     pp: int = 1
     more: dict[str, Any] = field(default_factory=dict)
+    refers: bool = False
+    """Whether samples have reference images, of different numbers and sizes."""
 
     @property
     def ranks(self) -> int:
@@ -56,7 +59,8 @@ class Row:
     def __str__(self) -> str:
         names = ("shard", "replicate", "cp", "tp", "pp")
         degrees = [f"{name}{getattr(self, name)}" for name in names if getattr(self, name) > 1]
-        return "-".join([*degrees, *(str(v) for v in self.more.values())]) or "one"
+        words = [*degrees, *(str(v) for v in self.more.values()), *(["references"] if self.refers else [])]
+        return "-".join(words) or "one"
 
 
 FLUX2 = {"model.flavor": "flux2-tiny"}
@@ -98,6 +102,11 @@ MORE_ROWS = [
     Row(pp=2, more=FLUX2),
     Row(shard=2, cp=2, more=FLUX2),
     Row(pp=2, cp=2, more=FLUX2),
+    Row(shard=2, more=FLUX2, refers=True),
+    *(Row(cp=2, more=method(name), refers=True) for name in ("ulysses", "ring", "allgather")),
+    Row(tp=2, cp=2, more=FLUX2, refers=True),
+    Row(pp=2, more=FLUX2, refers=True),
+    Row(pp=2, cp=2, refers=True),
 ]
 
 
@@ -179,20 +188,29 @@ def worst(got: dict[str, Tensor], want: dict[str, Tensor]) -> float:
 @pytest.fixture(scope="module")
 def single(tmp_path_factory):
     """The runs of one process, by dtype and flavor."""
-    results: dict[tuple[str, str], Any] = {}
+    results: dict[tuple[str, str, bool], Any] = {}
 
-    def of(dtype: str, flavor: str = "flux-tiny") -> tuple[dict[str, Any], Path]:
-        if (dtype, flavor) not in results:
+    def of(dtype: str, flavor: str = "flux-tiny", refers: bool = False) -> tuple[dict[str, Any], Path]:
+        key = (dtype, flavor, refers)
+        if key not in results:
             folder = tmp_path_factory.mktemp(dtype)
-            results[dtype, flavor] = (run_ranks(1, run, folder, dtype, f"--model.flavor={flavor}")[0], folder)
-        return results[dtype, flavor]
+            results[key] = (on(1, folder, dtype, refers, f"--model.flavor={flavor}")[0], folder)
+        return results[key]
 
     return of
 
 
+def on(ranks: int, folder: Path, dtype: str, refers: bool, *flags: str) -> list[dict[str, Any]]:
+    """`run` on so many ranks."""
+    if refers:
+        write_referring(folder / "data")
+        flags += tuple(referring_flags(folder / "data"))
+    return run_ranks(ranks, run, folder, dtype, *flags, timeout=60)
+
+
 def compare(row: Row, dtype: str, single, folder: Path) -> tuple[list[dict[str, Any]], dict[str, Any], Path]:
-    one, one_folder = single(dtype, row.flavor)
-    return run_ranks(row.ranks, run, folder, dtype, *row.flags(), timeout=60), one, one_folder
+    one, one_folder = single(dtype, row.flavor, row.refers)
+    return on(row.ranks, folder, dtype, row.refers, *row.flags()), one, one_folder
 
 
 @pytest.mark.distributed

@@ -70,6 +70,7 @@ def test_it_does_not_depend_on_ranks_and_batch(one_rank, tmp_path, ranks, batch)
 
 def test_the_loss_is_the_mean_over_samples_times_and_elements(tmp_path):
     """Against a direct computation, sample by sample."""
+    from flux_trainer.encoders.bundle import Encoded
     from flux_trainer.flow import rng
     from flux_trainer.flow.path import interpolate, velocity
 
@@ -80,13 +81,14 @@ def test_the_loss_is_the_mean_over_samples_times_and_elements(tmp_path):
         sample = trainer.held_out.samples.get(i)
         text = trainer.encoders.text.encode(trainer.encoders.text.tokenize([sample.caption]))
         x_0 = trainer.encoders.encode_images(sample.image[None])
+        encoded = Encoded(x_0, text.txt, text.vec)
         for k, t in enumerate([0.25, 0.75]):
             noise = rng.normal(
                 0, rng.Purpose.VAL_NOISE, torch.tensor([2 * i + k]), trainer.latent_shape, torch.float64
             )
             t = torch.tensor([t], dtype=torch.float64)
             with torch.no_grad():
-                v = trainer.predict(interpolate(x_0, noise, t), t, text.txt, text.vec)
+                v = trainer.predict(interpolate(x_0, noise, t), t, encoded)
             errors.append((v - velocity(x_0, noise)).square().mean().item())
     assert got == pytest.approx(sum(errors) / len(errors), rel=1e-12)
 
