@@ -122,8 +122,12 @@ class FluxTrainer(Trainer):
             pin_memory=self.device.type == "cuda",
         )
 
-    def flops_per_sample(self) -> int:
-        return train_flops_per_sample(self.model_config, *self.tokens_per_sample())
+    def work(self, micro_batch: MicroBatch) -> tuple[int, int]:
+        image, text = self.tokens_per_sample()
+        references = micro_batch.references
+        counts = references.counts if references else [0] * len(micro_batch.t)
+        flops = (train_flops_per_sample(self.model_config, image + n, text) for n in counts)
+        return sum(counts) + len(counts) * (image + text), sum(flops)
 
     def tokens_per_sample(self) -> tuple[int, int]:
         return tokens(self.config)

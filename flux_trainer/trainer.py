@@ -47,7 +47,7 @@ from flux_trainer.parallel.apply import parallelize
 from flux_trainer.parallel.arithmetic import global_batch_size, micro_batches
 from flux_trainer.parallel.fsdp import defer_all_reduce, reshard
 from flux_trainer.parallel.init import default_dtype, init_weights
-from flux_trainer.parallel.mesh import DATA, build_mesh
+from flux_trainer.parallel.mesh import DATA, SHARED, build_mesh
 from flux_trainer.parallel.stages import STAGES_PER_RANK, check_micro_batches
 from flux_trainer.runtime import peers
 from flux_trainer.runtime.agree import check_agreement
@@ -128,10 +128,10 @@ class Trainer(ABC):
 
         # What people see.
         self.bad_samples = BadSamples(self.dump_folder)
+        # Tokens and floating-point operations since the last log line, of this rank's samples. On the host.
+        self.work_done = torch.zeros(2, dtype=torch.float64)
         self.meter = Meter(
             total_steps=training.steps,
-            tokens_per_image=sum(self.tokens_per_sample()),
-            flops_per_image=self.flops_per_sample(),
             devices=self.world.size,
             peak_flops=device_peak_flops(self.device),
         )
@@ -173,12 +173,12 @@ class Trainer(ABC):
         the global batch's."""
 
     @abstractmethod
-    def flops_per_sample(self) -> int:
-        """Floating-point operations of forward and backward for one sample."""
+    def work(self, micro_batch: Any) -> tuple[int, int]:
+        """Tokens of a micro-batch, and floating-point operations of its forward and backward."""
 
     @abstractmethod
     def tokens_per_sample(self) -> tuple[int, int]:
-        """Image and text tokens of one sample."""
+        """Image and text tokens of one sample, by which a pipeline is cut."""
 
     def validate(self) -> None:  # noqa: B027  # optional
         """Measure and draw, without touching the state of training."""
@@ -228,7 +228,8 @@ class Trainer(ABC):
         """One optimizer step on the global batch of which `batch` is this rank's part."""
         config = self.config
         peers.mark()
-        loss = self.forward_backward(self.micro_batches(batch))
+        micro_batches = self.micro_batches(batch)
+        loss = self.forward_backward(micro_batches)
         peers.mark()
         grad_norm = clip_grad_norm(
             self.parameters,
@@ -248,6 +249,9 @@ class Trainer(ABC):
         if self.ema:
             self.ema.update(self.samples_seen, self.global_batch_size, skip)
         self.meter.update(self.global_batch_size)
+        self.work_done += torch.tensor([self.work(each) for each in micro_batches], dtype=torch.float64).sum(
+            0
+        )
         if self.step == 1 or self.step % config.metrics.log_freq == 0 or self.step == config.training.steps:
             self.log(loss, grad_norm, lr)
 
@@ -286,7 +290,10 @@ class Trainer(ABC):
         """One line of figures. The only place in a step that waits for the device."""
         bad = self.bad_samples
         share = loss.item() if self.mesh.coordinates["tp"] == 0 else 0.0  # tp ranks compute the same loss
-        total_loss, bad_draws, draws = self.world.sum([share, bad.bad_draws, bad.draws])
+        work = self.work_done if self.mesh.rank(*SHARED) == 0 else torch.zeros(2)
+        sums = self.world.sum([share, bad.bad_draws, bad.draws, *work.tolist()])
+        total_loss, bad_draws, draws, tokens, flops = sums
+        self.work_done.zero_()
         reading = self.meter.read(
             self.step,
             {
@@ -299,6 +306,8 @@ class Trainer(ABC):
                 "bad_samples": int(bad_draws),
                 **memory_readings(self.device),
             },
+            tokens=tokens,
+            flops=flops,
         )
         self.guard.longest_skip.zero_()  # each line tells of the steps since the one before
         logger.info(training_line(reading, self.config.training.steps, self.color))

@@ -71,6 +71,42 @@ def test_golden_trajectory(case, kind):
     torch.testing.assert_close(out, golden["out_unpacked"], atol=2e-5, rtol=0)
 
 
+@pytest.mark.parametrize(
+    ("case", "kind", "names", "sizes"),
+    [
+        ("flux1_A", Flux1Config, ("in.cond_seq", "out_with_cond_seq"), [(4, 6)]),
+        ("flux2_C", Flux2Config, ("in.ref_tokens", "out_ref"), [(2, 3), (1, 4)]),
+    ],
+)
+def test_golden_trajectory_with_references(case, kind, names, sizes):
+    """BFL's end point, given the latents whose tokens BFL's model had."""
+    velocity, golden = golden_velocity(case, kind), load_file(GOLDEN / f"sampling/{case}.safetensors")
+    space, (tokens, end) = velocity.space, names
+    counts = [(h // space.patch) * (w // space.patch) for h, w in sizes]
+    shown = {}
+    for i, text in enumerate("ab"):
+        parts = golden[tokens][i : i + 1].split(counts, dim=1)
+        shown[(text,)] = [space.unpack(x, *hw)[0] for x, hw in zip(parts, sizes, strict=True)]
+    pooled = golden.get("in.y")
+    features = {
+        text: TextFeatures(golden["in.txt"][i], None if pooled is None else pooled[i])
+        for i, text in enumerate("ab")
+    }
+    guidance = golden["guidance"].item()
+    batch = [replace(BASE, prompt=text, guidance=guidance, references=(text,)) for text in features]
+    noise = golden["in.noise_latents"]
+    with torch.no_grad():
+        references = replace_channels(space, noise).references([shown[r.references] for r in batch], noise)
+        step = guided(batch, features, velocity, CPU, torch.float32, references)
+        out = euler(step, noise, golden["timesteps"].tolist())
+    torch.testing.assert_close(space.pack(out), golden[end], atol=2e-5, rtol=0)
+
+
+def replace_channels(space, latents):
+    """The family's space, with as many channels as the small model's latents have."""
+    return replace(space, channels=latents.shape[1])
+
+
 @pytest.fixture(scope="module")
 def pipeline():
     """diffusers' own, with the same weights by its own names."""

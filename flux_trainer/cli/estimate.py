@@ -10,6 +10,7 @@ from typing import Any
 
 from flux_trainer.config.check import check
 from flux_trainer.config.load import ConfigError, load
+from flux_trainer.config.pictures import reference_side
 from flux_trainer.config.schema import JobConfig
 from flux_trainer.parallel.arithmetic import check_mesh
 
@@ -83,12 +84,12 @@ def estimate(config: JobConfig, world_size: int) -> dict[str, Any]:
     from flux_trainer.parallel.traffic import traffic
 
     p = e.plan(config, world_size)
-    own = config.activation_checkpoint
+    own, side = config.activation_checkpoint, config.training.img_size
     frozen = footprint(
         config.encoder,
         p.size(*MODEL),
         config.training.local_batch_size,
-        config.training.img_size,
+        max(side, reference_side(config.data, side)) if p.references else side,
         kind_of(p.model),
         p.model.context_in_dim,
     )
@@ -129,7 +130,8 @@ def estimate(config: JobConfig, world_size: int) -> dict[str, Any]:
         "blocks": [f"{part.blocks[0]} to {part.blocks[-1]}" for part in stages[rank]],
         "local_batch_size": p.batch,
         "micro_batches": p.micro_batches,
-        "image_tokens": p.tokens[0],
+        "image_tokens": p.tokens[0] - p.references,
+        "reference_tokens": p.references,
         "text_tokens": p.tokens[1],
         "memory": {
             "parameters": m.parameters,
@@ -166,11 +168,12 @@ def table(figures: dict[str, Any]) -> str:
     """The figures of `estimate` for people."""
     f, memory = figures, figures["memory"]
     mesh = " x ".join(f"{name} {n}" for name, n in f["mesh"].items())
+    references = f", at most {f['reference_tokens']} reference" if f["reference_tokens"] else ""
     lines = [
         f"{f['model']}, {f['model_parameters']:,} parameters, on {mesh} = {prod(f['mesh'].values())} ranks",
         f"Heaviest rank: number {f['pipeline_rank']} of its pipeline, {', '.join(f['blocks'])}",
         f"Step: {f['micro_batches']} micro-batches of {f['local_batch_size']} samples with "
-        f"{f['image_tokens']} image and {f['text_tokens']} text tokens",
+        f"{f['image_tokens']} image{references} and {f['text_tokens']} text tokens",
         "",
         "At the peak of forward and backward",
     ]

@@ -82,16 +82,21 @@ class Codec:
         return self.autoencoder.encode(image.to(self.dtype), noise)
 
     def encode_references(self, images: Sequence[Sequence[Tensor]]) -> list[list[Tensor]]:
-        """The mean latents [C, h, w] of each sample's reference images, uint8 [3, H, W] of any sizes."""
+        """The mean latents [C, h, w] of each sample's reference images, uint8 [3, H, W] of any sizes.
+
+        Images of one size are encoded together, at most as many as there are samples.
+        """
         alike: dict[torch.Size, list[tuple[int, int]]] = {}  # by size: (sample, number of its image)
         for i, sample in enumerate(images):
             for k, image in enumerate(sample):
                 alike.setdefault(image.shape, []).append((i, k))
         latents = [[torch.empty(0)] * len(sample) for sample in images]
         for places in alike.values():
-            encoded = self.encode_images(torch.stack([images[i][k] for i, k in places]))
-            for (i, k), x in zip(places, encoded, strict=True):
-                latents[i][k] = x
+            for start in range(0, len(places), len(images)):
+                part = places[start : start + len(images)]
+                encoded = self.encode_images(torch.stack([images[i][k] for i, k in part]))
+                for (i, k), x in zip(part, encoded, strict=True):
+                    latents[i][k] = x
         return latents
 
     @torch.no_grad()

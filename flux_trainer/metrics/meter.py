@@ -39,8 +39,6 @@ class Meter:
         self,
         *,
         total_steps: int,
-        tokens_per_image: int,
-        flops_per_image: int,
         devices: int = 1,
         peak_flops: float | None = None,
         clock: Callable[[], float] = time.perf_counter,
@@ -49,15 +47,11 @@ class Meter:
 
         Args:
             total_steps: optimizer steps of the whole run, for the time left.
-            tokens_per_image: image and text tokens of one sample.
-            flops_per_image: forward and backward FLOPs of one sample.
             devices: how many share the work; FLOP/s are per device.
             peak_flops: of one device, for MFU; None: not known.
             clock: seconds from any origin.
         """
         self.total_steps = total_steps
-        self.tokens_per_image = tokens_per_image
-        self.flops_per_image = flops_per_image
         self.devices = devices
         self.peak_flops = peak_flops
         self._clock = clock
@@ -108,8 +102,9 @@ class Meter:
         self._all_steps += 1
         self._images += images
 
-    def read(self, step: int, values: Mapping[str, Value]) -> Reading:
-        """The log line after `step`: `values` as numbers, and the figures since the last call.
+    def read(self, step: int, values: Mapping[str, Value], *, tokens: float = 0, flops: float = 0) -> Reading:
+        """The log line after `step`: `values` as numbers, and the figures since the last call, in which all
+        ranks together have computed so many tokens and floating-point operations.
 
         `seconds_per_step`, `images_per_second` and `tokens_per_second` (all ranks), `tflops` (per device),
         `mfu_percent` (None where the device's peak is unknown), `data_seconds_per_step`, `data_percent` of
@@ -119,7 +114,7 @@ class Meter:
         numbers = to_numbers(values)  # the device is waited for here, and nowhere else
         now = self._clock()
         seconds = max(now - self._last - self._paused, 1e-9)
-        flops = self.flops_per_image * self._images / seconds / self.devices
+        rate = flops / seconds / self.devices
         if self._all_steps > self._steps and not self._warm:
             self._recent.clear()  # the first step compiles, allocates and fills caches: it predicts nothing
             self._warm = True
@@ -129,9 +124,9 @@ class Meter:
             **numbers,
             "seconds_per_step": seconds / self._steps,
             "images_per_second": self._images / seconds,
-            "tokens_per_second": self._images * self.tokens_per_image / seconds,
-            "tflops": flops / 1e12,
-            "mfu_percent": 100 * flops / self.peak_flops if self.peak_flops else None,
+            "tokens_per_second": tokens / seconds,
+            "tflops": rate / 1e12,
+            "mfu_percent": 100 * rate / self.peak_flops if self.peak_flops else None,
             "data_seconds_per_step": self._waited / self._steps,
             "data_percent": 100 * self._waited / seconds,
             "elapsed_seconds": now - self._start,

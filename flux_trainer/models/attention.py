@@ -3,8 +3,7 @@
 `attention` is the one seam that context parallelism swaps: each block holds it as `self.attention`.
 """
 
-from collections.abc import Callable
-from itertools import groupby
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -19,8 +18,12 @@ Lengths = tuple[tuple[int, ...], ...]
 """For each sample: how many tokens count on each of the ranks that share them. There is one such rank, unless
 context parallelism shares tokens out. What lies behind those that count is padding."""
 
+Shapes = tuple[Tensor, ...]
+"""`Lengths` as empty tensors, one for each sample, of shape [0, *its lengths]: the compiler compiles anew for
+other numbers, and not for other shapes."""
 
-def attention(q: Tensor, k: Tensor, v: Tensor, lengths: Lengths | None = None) -> Tensor:
+
+def attention(q: Tensor, k: Tensor, v: Tensor, lengths: Shapes | None = None) -> Tensor:
     """Full (not causal, unmasked) attention; queries, keys, values and result are [B, L, H, D].
 
     With `lengths`, padding is attended to by none, and its own result is zero.
@@ -35,11 +38,11 @@ def attention(q: Tensor, k: Tensor, v: Tensor, lengths: Lengths | None = None) -
 
 
 def without_padding(
-    attend: Callable[[Tensor, Tensor, Tensor, tuple[int, ...]], Tensor],
+    attend: Callable[[Tensor, Tensor, Tensor, Sequence[int]], Tensor],
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    lengths: Lengths,
+    lengths: Shapes,
     rank: int = 0,
 ) -> Tensor:
     """`attend` to what counts of each sample: q, k, v and the result [B, L, H, D], padding's result zero.
@@ -52,8 +55,12 @@ def without_padding(
         rank: this one's number in `lengths`.
     """
     results, start = [], 0
-    for length, run in groupby(lengths):
-        end, own = start + len(list(run)), length[rank]
+    while start < len(lengths):
+        length, end = lengths[start].shape[1:], start + 1
+        # A compiled graph must not depend on which lengths are equal.
+        while end < len(lengths) and not torch.compiler.is_compiling() and lengths[end].shape[1:] == length:
+            end += 1
+        own = length[rank]
         result = attend(q[start:end, :own], k[start:end, :own], v[start:end, :own], length)
         results.append(F.pad(result, (0, 0, 0, 0, 0, q.shape[1] - own)))  # [b, L, H, D]
         start = end

@@ -11,7 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from flux_trainer.models.attention import Lengths, apply_rope, attention
+from flux_trainer.models.attention import Shapes, apply_rope, attention
 from flux_trainer.models.layers import (
     GELU,
     FusedLinear,
@@ -22,7 +22,7 @@ from flux_trainer.models.layers import (
     split_modulation,
 )
 
-Attention = Callable[[Tensor, Tensor, Tensor, Lengths | None], Tensor]
+Attention = Callable[[Tensor, Tensor, Tensor, Shapes | None], Tensor]
 
 
 class BlockConfig(Protocol):
@@ -103,7 +103,7 @@ class DoubleStreamBlock(nn.Module):
         img_mod: Tensor,
         txt_mod: Tensor,
         pe: Tensor,
-        lengths: Lengths | None = None,
+        lengths: Shapes | None = None,
     ) -> tuple[Tensor, Tensor]:
         """img [B, L_img, h], txt [B, L_txt, h], modulations [B, 6 h], pe (text, then image) -> img, txt.
 
@@ -141,7 +141,7 @@ class SingleStreamBlock(nn.Module):
         self.mlp_act = SwiGLU() if config.gated else GELU()
         self.attention: Attention = attention
 
-    def forward(self, x: Tensor, mod: Tensor, pe: Tensor, lengths: Lengths | None = None) -> Tensor:
+    def forward(self, x: Tensor, mod: Tensor, pe: Tensor, lengths: Shapes | None = None) -> Tensor:
         """x [B, L, h] (text, then image), modulation [B, 3 h], pe -> x; `lengths` as in `attention`."""
         shift, scale, gate = split_modulation(mod, 1)
         q, k, v, *mlp = self.linear1.split(self.linear1(modulate(self.pre_norm(x), shift, scale)))

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.distributed.distributed_c10d import ProcessGroup
 
-from flux_trainer.models.attention import Lengths, without_padding
+from flux_trainer.models.attention import Shapes, without_padding
 from flux_trainer.parallel.arithmetic import Method, check_context
 from flux_trainer.parallel.gathered import gather_tokens, gathered_attention
 from flux_trainer.parallel.group import shares
@@ -95,7 +95,7 @@ class ContextParallel:
         (whole,) = gather_tokens((x.detach(),), shares(length, self.size), self.group)
         return whole.transpose(0, 1)
 
-    def attention(self, q: Tensor, k: Tensor, v: Tensor, lengths: Lengths | None = None) -> Tensor:
+    def attention(self, q: Tensor, k: Tensor, v: Tensor, lengths: Shapes | None = None) -> Tensor:
         """Attention of this rank's queries to all ranks' keys: [B, L_r, H, D] in and out.
 
         With `lengths`, padding is attended to by none, and its own result is zero.

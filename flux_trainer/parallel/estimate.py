@@ -26,7 +26,15 @@ from flux_trainer.models.attention import rope_table
 from flux_trainer.models.configs import ModelConfig
 from flux_trainer.models.model import FluxModel, State
 from flux_trainer.parallel.apply import context_parallel, share_attention
-from flux_trainer.parallel.arithmetic import check_mesh, cuts, degrees, holds_weights, micro_batches, tokens
+from flux_trainer.parallel.arithmetic import (
+    check_mesh,
+    cuts,
+    degrees,
+    holds_weights,
+    micro_batches,
+    reference_tokens,
+    tokens,
+)
 from flux_trainer.parallel.cast import read_as
 from flux_trainer.parallel.cut import take
 from flux_trainer.parallel.group import shares
@@ -73,7 +81,9 @@ class Plan:
     micro_batches: int
     """Of a step on each rank."""
     tokens: tuple[int, int]
-    """Image and text tokens of a sample."""
+    """Tokens of a sample: those of the image with the most that its references come to, and of the text."""
+    references: int
+    """Of the former."""
     local_tokens: tuple[int, int]
     """Those of the first rank of a context parallel group."""
 
@@ -119,9 +129,10 @@ def plan(config: JobConfig, world_size: int) -> Plan:
     check_mesh(config, world_size)
     sizes = degrees(config.parallelism, world_size)
     count = micro_batches(config.training, prod(sizes[name] for name in DATA))
-    image, text = tokens(config)
-    local = (shares(image, sizes["cp"])[0], shares(text, sizes["cp"])[0])
-    return Plan(config, registry.FLAVORS[config.model.flavor], sizes, count, (image, text), local)
+    (image, text), references, cp = tokens(config), reference_tokens(config), sizes["cp"]
+    local = (shares(image, cp)[0] + ceil(references / cp), shares(text, cp)[0])
+    model = registry.FLAVORS[config.model.flavor]
+    return Plan(config, model, sizes, count, (image + references, text), references, local)
 
 
 @contextmanager
@@ -158,7 +169,7 @@ def parts(p: Plan, rank: int, mesh: Mesh | None) -> list[Part]:
         block = ".".join(name.split(".")[:2])
         end = head if name.split(".")[0] in model.HEAD else before
         shapes.get(block, end).append(tuple(parameter.shape))
-    stages = cuts(p.model, p.tokens, p.config.parallelism)
+    stages = cuts(p.model, tokens(p.config), p.config.parallelism)
     found = []
     for stage in range(rank, len(stages), p.sizes["pp"]):
         first, last = stage == 0, stage == len(stages) - 1
@@ -183,7 +194,7 @@ def costs(p: Plan, mesh: Mesh | None, mode: ActivationCheckpoint) -> dict[str, C
         tensor_parallel(model.blocks(), mesh.tp)
     blocks = [block for _, block in model.blocks()]
     if mesh and (context := context_parallel(p.config.parallelism, mesh, p.model.num_heads)):
-        context.begin(*reversed(p.tokens))
+        context.begin(p.tokens[1], p.tokens[0] - p.references, _padded(p))
         share_attention(blocks, context)
     for block in blocks:
         apply_checkpointing([block], mode)
@@ -202,6 +213,11 @@ def costs(p: Plan, mesh: Mesh | None, mode: ActivationCheckpoint) -> dict[str, C
             kind = name.split(".")[0]
             found[kind] = _block_cost(p, block, taken[kind])
         return found | {name: _end_cost(p, end, weights[name], state) for name, end in ends.items()}
+
+
+def _padded(p: Plan) -> int:
+    """Tokens of references, with what makes them divide evenly."""
+    return ceil(p.references / p.sizes["cp"]) * p.sizes["cp"]
 
 
 def _present(p: Plan, module: nn.Module) -> list[Tensor]:
@@ -254,12 +270,13 @@ def _block_cost(p: Plan, block: nn.Module, taken: tuple[Tensor, ...]) -> Cost:
 
 def _end_cost(p: Plan, end: FluxModel, weights: list[Tensor], state: State) -> Cost:
     inputs = _inputs(p)
-    target = torch.empty(p.batch, p.local_tokens[0], p.model.out_channels, dtype=inputs["image"].dtype)
+    length = p.local_tokens[0] - ceil(p.references / p.sizes["cp"])
+    target = torch.empty(p.batch, length, p.model.out_channels, dtype=inputs["image"].dtype)
 
     def run() -> Sequence[Tensor]:
         out = end(**end.arguments(**inputs), state=None if end.img_in is not None else state)
         if isinstance(out, tuple):
             return out
-        return [flow_loss(out, target, None, p.batch, target[0].numel())]
+        return [flow_loss(out[:, :length], target, None, p.batch, target[0].numel())]
 
     return measure(run, [*weights, *state, target, *inputs.values()])

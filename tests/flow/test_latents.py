@@ -43,6 +43,39 @@ def test_golden_positions_of_reference_images(case):
     assert torch.equal(ids, GOLDEN[f"flux2.refs.{case}.ids"].float())
 
 
+@pytest.mark.parametrize("case", ["one", "two"])
+def test_references_stand_where_bfl_puts_them(case):
+    """One sample with the golden images, one with none and one with the first alone, padded."""
+    sizes = GOLDEN[f"flux2.refs.{case}.image_sizes_wh"].tolist()
+    images = [torch.randn(128, h // 16, w // 16) for w, h in sizes]
+    got = FLUX2.references([images, [], images[:1]], torch.zeros(0))
+    whole, first = GOLDEN[f"flux2.refs.{case}.ids"].float()[0], images[0].shape[1] * images[0].shape[2]
+    assert got.counts == (len(whole), 0, first)
+    assert torch.equal(got.ids[0], whole)
+    assert torch.equal(got.tokens[0], torch.cat([x.flatten(1).T for x in images]))
+    assert torch.equal(got.tokens[2, :first], got.tokens[0, :first])
+    assert torch.equal(got.ids[2, :first], whole[:first])
+    assert not got.tokens[1].any()
+    assert not got.tokens[2, first:].any()
+
+
+def test_kontexts_reference_has_bfls_positions():
+    """Every 37th of them."""
+    height, width = (n // 8 for n in GOLDEN["flux1.kontext.target_hw"].tolist())
+    got = FLUX1.references([[torch.zeros(16, height, width)]], torch.zeros(0))
+    assert got.counts == (GOLDEN["flux1.kontext.num_cond_tokens"].item(),)
+    assert torch.equal(got.ids[:, ::37], GOLDEN["flux1.kontext.img_cond_seq_ids"])
+
+
+def test_references_can_be_padded_further_and_there_may_be_none():
+    assert FLUX1.references([[], []], torch.zeros(0)) is None
+    assert FLUX1.references([], torch.zeros(0)) is None
+    like = torch.zeros(0, dtype=torch.float64)
+    padded = FLUX1.references([[], []], like, 3)
+    assert (padded.tokens.shape, padded.tokens.dtype, padded.counts) == ((2, 3, 64), like.dtype, (0, 0))
+    assert FLUX1.references([[torch.zeros(16, 4, 4)]], like, 3).tokens.shape == (1, 4, 64)
+
+
 def test_odd_latents_are_refused():
     for function in (lambda: FLUX1.pack(torch.zeros(1, 16, 3, 4)), lambda: FLUX1.image_ids(1, 4, 5)):
         with pytest.raises(ValueError, match="multiples of 16"):

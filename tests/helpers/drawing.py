@@ -13,6 +13,7 @@ from helpers.tiny_run import MODEL, TinyTrainer, tiny_config
 from PIL import Image
 
 from flux_trainer.cli.main import main
+from flux_trainer.config.pictures import Prompt
 from flux_trainer.models.registry import FLAVORS
 
 PROMPTS = ["a red apple", "a dog, asleep", "überall"]
@@ -29,7 +30,7 @@ def train(folder: Path) -> list[np.ndarray]:
     drawing = ["--validation.enable", "--validation.denoising_steps=3", "--validation.prompts=x"]
     trainer = TinyTrainer(tiny_config(folder, *flags, *drawing))
     trainer.train()
-    return [pixels.permute(1, 2, 0).numpy() for pixels in trainer.draw(PROMPTS[:1])]
+    return [pixels.permute(1, 2, 0).numpy() for pixels in trainer.draw([Prompt(PROMPTS[0])])]
 
 
 def generate(folder: Path, *words: str) -> list[str]:

@@ -19,7 +19,7 @@ class Clock:
 
 
 def make(clock: Clock, **overrides) -> Meter:
-    settings = {"total_steps": 100, "tokens_per_image": 320, "flops_per_image": 3_000_000_000, "devices": 2}
+    settings = {"total_steps": 100, "devices": 2}
     return Meter(**{**settings, "peak_flops": 1e12, "clock": clock, **overrides})
 
 
@@ -35,7 +35,8 @@ def test_rates():
     meter = make(clock)
     for _ in range(5):
         run_step(meter, clock, data=0.1, work=0.4)
-    reading = meter.read(5, {"loss": torch.tensor(1.5), "lr": 1e-4})
+    values = {"loss": torch.tensor(1.5), "lr": 1e-4}
+    reading = meter.read(5, values, tokens=5 * 8 * 320, flops=5 * 8 * 3e9)
     assert reading["step"] == 5
     assert reading["loss"] == 1.5
     assert reading["lr"] == 1e-4

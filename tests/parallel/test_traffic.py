@@ -89,8 +89,8 @@ class RandomInputs(Trainer):
     def loss(self, output: Tensor, micro_batch: dict[str, Tensor]) -> Tensor:
         return output.float().square().sum()
 
-    def flops_per_sample(self) -> int:
-        return 1
+    def work(self, micro_batch: dict[str, Tensor]) -> tuple[int, int]:
+        return 1, 1
 
     def tokens_per_sample(self) -> tuple[int, int]:
         return tokens(self.config)
