@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from flux_trainer.data.bad import BadSample
+from flux_trainer.data.bad import BadSample, DataError
 from flux_trainer.data.image import decode
 from flux_trainer.data.sources import read
 
@@ -72,7 +72,7 @@ def read_reference(path: str, count: int, *, family: str, side: int | None, max_
         side: as in `shrunk`; None: the size that was published for the family.
 
     Raises:
-        BadSample: the file is no image, or one that cannot be taken; it is named.
+        DataError: the file is no image, or one that cannot be taken; it is named.
     """
     try:
         image = decode(read(path), max_pixels)
@@ -80,7 +80,7 @@ def read_reference(path: str, count: int, *, family: str, side: int | None, max_
             return kontext(image)
         return shrunk(image, side or (FLUX2_SIDE if count == 1 else FLUX2_SIDE_OF_SEVERAL))
     except BadSample as error:
-        raise BadSample(f"{path}: {error}") from error
+        raise DataError(f"{path}: {error}") from error
 
 
 def kontext(image: Image.Image) -> Tensor:

@@ -59,6 +59,7 @@ def test_settings_are_inside(one_process, run):
     assert words_of(path) == {
         "prompt": "überall",
         "negative_prompt": "",
+        "references": None,
         "seed": 1,
         "width": 32,
         "height": 16,

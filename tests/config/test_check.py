@@ -118,6 +118,18 @@ def test_a_sound_run_passes_without_remarks(world_size):
             "data.sources.0.repeats = 2 has no effect beside a weight; give one of the two",
         ),
         (
+            ["--data.sources.0.reference_key=refs"],
+            'data.sources.0.reference_key = "refs" is for sources of type "jsonl"; this is "folder"',
+        ),
+        (
+            ["--data.sources.0.type=jsonl", "--data.sources.0.reference_paths=sketches"],
+            'data.sources.0.reference_paths = ["sketches"] is for sources of type "folder"; this is "jsonl"',
+        ),
+        (
+            ["--data.reference_size=8"],
+            "data.reference_size = 8 is less than a token; expected at least 16 pixels, or -1 for img_size",
+        ),
+        (
             ["--validation.enable"],
             "validation.enable = true has nothing to do; add [[validation.sources]] for the loss "
             "or validation.prompts for pictures",
@@ -244,6 +256,11 @@ def test_what_depends_on_the_number_of_ranks(flags, world_size, line):
         ),
         (["--data.sources.0.path=pics"], "data.sources.0.path", ["no such folder"]),
         (["--data.sources.0.type=jsonl"], "data.sources.0.path", ["no such file but a folder is"]),
+        (
+            ["--data.sources.0.reference_paths=pics,images"],
+            "data.sources.0.reference_paths.0",
+            ["no such folder"],
+        ),
         (["--validation.prompts_path=p.txt"], "validation.prompts_path", ["no such file"]),
         (
             ["--checkpoint.initial_load_path=step-5"],

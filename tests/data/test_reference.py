@@ -74,7 +74,7 @@ def test_a_reference_that_is_no_image_or_too_thin_is_named(tmp_path):
         ("none.png", "no known image format"),
         ("missing.png", "No such file"),
     ):
-        with pytest.raises(BadSample, match=rf"{name}.*{reason}"):
+        with pytest.raises(DataError, match=rf"{name}.*{reason}"):
             read_reference(str(tmp_path / name), 1, **read)
 
 
