@@ -2,22 +2,23 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from flux_trainer.flow.euler import euler
-from flux_trainer.flow.latents import FLUX1
-from flux_trainer.flow.timesteps import flux1_mu, schedule
+from flux_trainer.flow.latents import SPACES
+from flux_trainer.flow.timesteps import MU, schedule
 from flux_trainer.models.autoencoder import AutoEncoder, AutoEncoderConfig
 from flux_trainer.models.configs import Flux1Config, Flux2Config
-from flux_trainer.models.flux1 import Flux1Model
-from flux_trainer.models.flux2 import Flux2Model
+from flux_trainer.models.model import FluxModel
+from flux_trainer.models.registry import model_class
 
 GOLDEN = Path(__file__).parents[1] / "tests" / "golden"
-BFL1, BFL2 = "BFL flux 802fb47", "BFL flux2 60116b5"
-FLUX2_INPUTS = {"x": "img", "x_ids": "img_ids", "ctx": "txt", "ctx_ids": "txt_ids"}
+CONFIGS = {"flux1": Flux1Config, "flux2": Flux2Config}
+BFL = {"flux1": "BFL flux 802fb47", "flux2": "BFL flux2 60116b5"}
 
 Row = tuple[str, str, str]
 """What, reference, largest difference."""
@@ -25,75 +26,102 @@ Row = tuple[str, str, str]
 
 def golden_rows() -> list[Row]:
     rows = []
-    for case in ("flux1_A", "flux1_eps"):
-        names = ("img", "img_ids", "txt", "txt_ids", "timesteps", "y", "guidance")
-        rows += _transformer(case, Flux1Model, Flux1Config, {name: name for name in names}, BFL1)
-    for case in ("flux2_C", "flux2_eps"):
-        names2 = {**FLUX2_INPUTS, "timesteps": "timesteps", "guidance": "guidance"}
-        rows += _transformer(case, Flux2Model, Flux2Config, names2, BFL2)
-    return [*rows, *_autoencoder(), *_sampler()]
+    for case in ("flux1_A", "flux1_eps", "flux2_C", "flux2_eps"):
+        rows += _transformer(case)
+    for family, case in (("flux1", "flux1_A"), ("flux2", "flux2_C")):
+        rows += [_schedules(family), *_trajectories(family, case)]
+    return rows + _autoencoder()
 
 
-def _load(case: str, model: type[nn.Module], config: type) -> nn.Module:
-    built = model(config(**json.loads((GOLDEN / case / "config.json").read_text())["bfl"]))
-    built.load_state_dict(load_file(GOLDEN / case / "weights_bfl.safetensors"))
-    return built
+def _fields(case: str) -> dict[str, Any]:
+    return json.loads((GOLDEN / case / "config.json").read_text())["bfl"]
 
 
-def _transformer(
-    case: str, model: type[nn.Module], config: type, inputs: dict[str, str], reference: str
-) -> list[Row]:
-    built, io = _load(case, model, config), load_file(GOLDEN / case / "io.safetensors")
-    out = built(**{argument: io[f"in.{name}"] for argument, name in inputs.items()})
-    (out * io["probe"]).sum().backward()
-    gradients = load_file(GOLDEN / case / "grads_bfl.safetensors")
-    found = {name: p.grad for name, p in built.named_parameters()}
-    worst = max(relative(found[name], want) for name, want in gradients.items())
-    return [
-        (f"{case}: output", reference, absolute(out, io["out"])),
-        (
-            f"{case}: gradients of {len(gradients)} tensors, of each one's largest entry",
-            reference,
-            f"{worst:.1e}",
-        ),
-    ]
+def _filled(case: str, model: nn.Module) -> nn.Module:
+    model.load_state_dict(load_file(GOLDEN / case / "weights_bfl.safetensors"))
+    return model
+
+
+def _model(case: str) -> FluxModel:
+    config = CONFIGS[case.partition("_")[0]](**_fields(case))
+    return _filled(case, model_class(config)(config))
+
+
+def _call(model: FluxModel, io: dict[str, Tensor], image: Tensor, ids: Tensor, t: Tensor) -> Tensor:
+    """The model's output with the text and the guidance of a golden file."""
+    arguments = model.arguments(
+        image=image,
+        image_ids=ids,
+        text=io["in.txt"],
+        text_ids=io["in.txt_ids"],
+        timesteps=t,
+        pooled=io.get("in.y"),
+        guidance=io["in.guidance"] if "in.guidance" in io else io["guidance"].expand(len(image)),
+    )
+    return model(**arguments)
+
+
+def _transformer(case: str) -> list[Row]:
+    """Output and gradients; the output with reference images beside it, where there is a file of it."""
+    model, reference, folder = _model(case), BFL[case.partition("_")[0]], GOLDEN / case
+    rows = []
+    for file, what in (("io", ""), ("io_ref", " with two reference images")):
+        if not (folder / f"{file}.safetensors").exists():
+            continue
+        io = load_file(folder / f"{file}.safetensors")
+        out = _call(model, io, io["in.img"], io["in.img_ids"], io["in.timesteps"])
+        rows.append((f"{case}: output{what}", reference, absolute(out, io["out"])))
+        if file == "io":
+            (out * io["probe"]).sum().backward()
+            gradients = load_file(folder / "grads_bfl.safetensors")
+            found = {name: p.grad for name, p in model.named_parameters()}
+            worst = max(relative(found[name], want) for name, want in gradients.items())
+            what = f"{case}: gradients of {len(gradients)} tensors, of each one's largest entry"
+            rows.append((what, reference, f"{worst:.1e}"))
+    return rows
+
+
+def _schedules(family: str) -> Row:
+    cases = json.loads((GOLDEN / "schedules.json").read_text())[family]
+    cases = [case for case in cases if "base_shift" not in case]  # not FLUX.1's line
+    worst = 0.0
+    for case in cases:
+        steps = case["num_steps"]
+        mu = MU[family](case["image_seq_len"], steps) if case.get("shift", True) else None
+        pairs = zip(schedule(steps, mu), case["timesteps"], strict=True)
+        worst = max(worst, *(abs(ours - theirs) for ours, theirs in pairs))
+    return (f"{family}: times of {len(cases)} schedules", BFL[family], f"{worst:.1e}")
+
+
+@torch.no_grad()
+def _trajectories(family: str, case: str) -> list[Row]:
+    """Where four Euler steps end; with reference images' tokens behind the image's too, where there are."""
+    model, io = _model(case), load_file(GOLDEN / f"sampling/{case}.safetensors")
+    space, (height, width) = SPACES[family], io["in.noise_latents"].shape[2:]
+    empty = {"in.ref_tokens": io["in.noise"][:, :0], "in.ref_ids": io["in.img_ids"][:, :0]}
+    rows = []
+    for key, what, given in (("out", "", empty), ("out_ref", " with two reference images", io)):
+        if key not in io:
+            continue
+        ids = torch.cat([io["in.img_ids"], given["in.ref_ids"]], dim=1)
+
+        def velocity(x: Tensor, t: Tensor, ids: Tensor = ids, ref: Tensor = given["in.ref_tokens"]) -> Tensor:
+            return _call(model, io, torch.cat([x, ref], dim=1), ids, t)[:, : x.shape[1]]
+
+        end = euler(velocity, io["in.noise"], io["timesteps"].tolist())
+        ours, theirs = (space.unpack(tokens, height, width) for tokens in (end, io[key]))
+        rows.append((f"{case}: latents after 4 steps{what}", BFL[family], absolute(ours, theirs)))
+    return rows
 
 
 @torch.no_grad()
 def _autoencoder() -> list[Row]:
-    built, io = (
-        _load("flux1_ae", AutoEncoder, AutoEncoderConfig),
-        load_file(GOLDEN / "flux1_ae/io.safetensors"),
-    )
+    case = "flux1_ae"
+    model = _filled(case, AutoEncoder(AutoEncoderConfig(**_fields(case))))
+    io = load_file(GOLDEN / case / "io.safetensors")
     return [
-        ("flux1_ae: latents", BFL1, absolute(built.encode(io["in.image"], None), io["latents"])),
-        ("flux1_ae: image of latents", BFL1, absolute(built.decode(io["in.z2"]), io["decoded2"])),
-    ]
-
-
-@torch.no_grad()
-def _sampler() -> list[Row]:
-    cases = json.loads((GOLDEN / "schedules.json").read_text())["flux1"]
-    cases = [case for case in cases if "base_shift" not in case]
-    times = max(
-        abs(ours - theirs)
-        for case in cases
-        for ours, theirs in zip(
-            schedule(case["num_steps"], flux1_mu(case["image_seq_len"]) if case["shift"] else None),
-            case["timesteps"],
-            strict=True,
-        )
-    )
-    model, io = _load("flux1_A", Flux1Model, Flux1Config), load_file(GOLDEN / "sampling/flux1_A.safetensors")
-
-    def velocity(x: Tensor, t: Tensor) -> Tensor:
-        guidance = io["guidance"].expand(len(x))
-        return model(x, io["in.img_ids"], io["in.txt"], io["in.txt_ids"], t, io["in.y"], guidance)
-
-    end = euler(velocity, io["in.noise"], io["timesteps"].tolist())
-    return [
-        (f"times of {len(cases)} schedules", BFL1, f"{times:.1e}"),
-        ("flux1_A: latents after 4 steps", BFL1, absolute(FLUX1.unpack(end, 8, 12), io["out_unpacked"])),
+        (f"{case}: latents", BFL["flux1"], absolute(model.encode(io["in.image"], None), io["latents"])),
+        (f"{case}: image of latents", BFL["flux1"], absolute(model.decode(io["in.z2"]), io["decoded2"])),
     ]
 
 
