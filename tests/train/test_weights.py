@@ -1,52 +1,105 @@
 """Runs that start from weights of other programs, and leave weights for them."""
 
 import dataclasses
+import json
 
 import pytest
 import torch
 from helpers import tiny_run
 from helpers.ranks import run_ranks
+from helpers.small_model import inputs
 from helpers.tiny_run import TinyTrainer, tiny_config, whole
 from safetensors.torch import load_file
 
 from flux_trainer.hub import distilled
 from flux_trainer.hub.weights import open_weights
 from flux_trainer.models import keys
-from flux_trainer.models.registry import FLAVORS
+from flux_trainer.models.registry import FLAVORS, model_class
 
 FLAGS = ("--training.steps=2", "--checkpoint.enable", "--checkpoint.export_dtype=float32")
-WIDE = dataclasses.replace(tiny_run.MODEL, mlp_ratio=4.0)  # diffusers has no other ratio
+WIDE = dataclasses.replace(tiny_run.MODEL, mlp_ratio=4.0)  # diffusers has no other ratio of FLUX.1
+FAMILIES = ["flux-tiny", "flux2-tiny"]
 
 
 @pytest.fixture(autouse=True)
 def wide(monkeypatch):
     monkeypatch.setattr(tiny_run, "MODEL", WIDE)
-    monkeypatch.setitem(FLAVORS, "flux-tiny", WIDE)  # TinyTrainer sets it; put back afterwards
+    for flavor, model in zip(FAMILIES, (WIDE, tiny_run.MODEL2), strict=True):
+        monkeypatch.setitem(FLAVORS, flavor, model)  # TinyTrainer sets it; put back afterwards
 
 
 def parameters(trainer):
     return {name: whole(p.detach()) for name, p in trainer.parameters.items()}
 
 
-def test_a_run_leaves_files_for_others_and_another_starts_from_them(tmp_path):
-    trainer = TinyTrainer(tiny_config(tmp_path, *FLAGS, "--checkpoint.export=diffusers,bfl"))
+@pytest.mark.parametrize("flavor", FAMILIES)
+def test_a_run_leaves_files_for_others_and_another_starts_from_them(flavor, tmp_path):
+    model = f"--model.flavor={flavor}"
+    trainer = TinyTrainer(tiny_config(tmp_path, model, *FLAGS, "--checkpoint.export=diffusers,bfl"))
     trainer.train()
     weights = parameters(trainer)
     folder = tmp_path / "run" / "export" / "step-2"
-    assert sorted(path.name for path in folder.iterdir()) == ["flux-tiny.safetensors", "transformer"]
-    exported = load_file(folder / "flux-tiny.safetensors")
+    assert sorted(path.name for path in folder.iterdir()) == [f"{flavor}.safetensors", "transformer"]
+    exported = load_file(folder / f"{flavor}.safetensors")
     assert exported.keys() == weights.keys()
     assert all(torch.equal(exported[name], x.float()) for name, x in weights.items())
-    for source in (folder / "transformer", folder / "flux-tiny.safetensors", tmp_path / "run"):
-        other = TinyTrainer(
-            tiny_config(
-                tmp_path, f"--checkpoint.initial_load_path={source}", f"--job.dump_folder={tmp_path}/new"
-            )
-        )
+    for source in (folder / "transformer", folder / f"{flavor}.safetensors", tmp_path / "run"):
+        start_from = (f"--checkpoint.initial_load_path={source}", f"--job.dump_folder={tmp_path}/new")
+        other = TinyTrainer(tiny_config(tmp_path, model, *start_from))
         start = weights if source.name == "run" else exported
         assert all(torch.equal(x, start[name].double()) for name, x in parameters(other).items())
         average = {name.removeprefix("ema."): whole(x) for name, x in other.ema.tensors().items()}
         assert all(torch.equal(x, start[name].double()) for name, x in average.items())
+
+
+@pytest.mark.parametrize("flavor", FAMILIES)
+def test_diffusers_opens_what_a_run_made_of_exported_weights(flavor, tmp_path):
+    """From diffusers' layout and from BFL's alike, and it computes the same."""
+    flags = (f"--model.flavor={flavor}", *FLAGS, "--checkpoint.export=diffusers,bfl")
+    TinyTrainer(tiny_config(tmp_path, *flags)).train()
+    first = tmp_path / "run" / "export" / "step-2"
+    ends = []
+    for source in (first / "transformer", first / f"{flavor}.safetensors"):
+        dump = tmp_path / f"from {source.name}"
+        start_from = (f"--checkpoint.initial_load_path={source}", f"--job.dump_folder={dump}")
+        trainer = TinyTrainer(tiny_config(tmp_path, *flags, *start_from))
+        before = parameters(trainer)
+        trainer.train()
+        ends.append(parameters(trainer))
+        assert all((before[name] != x).any() for name, x in ends[-1].items())
+        compare_with_diffusers(dump / "export" / "step-2" / "transformer", FLAVORS[flavor], ends[-1])
+    assert all(torch.equal(ends[1][name], x) for name, x in ends[0].items())
+
+
+@torch.no_grad()
+def compare_with_diffusers(folder, config, weights):
+    """0 missing, 0 unexpected keys; the same output, in float32."""
+    import diffusers
+
+    kind = getattr(diffusers, json.loads((folder / "config.json").read_text())["_class_name"])
+    assert (
+        kind.__name__
+        == {"flux1": "FluxTransformer2DModel", "flux2": "Flux2Transformer2DModel"}[config.family]
+    )
+    theirs, info = kind.from_pretrained(folder, output_loading_info=True)
+    assert not any(info.values()), info
+    ours = model_class(config)(config)
+    ours.load_state_dict(weights)
+    given = inputs(config, 2, dtype=torch.float32)
+    for name in ("image_ids", "text_ids"):  # diffusers has one list for all samples
+        given[name] = given[name][:1].expand(2, -1, -1)
+    out = theirs(
+        hidden_states=given["image"],
+        encoder_hidden_states=given["text"],
+        timestep=given["timesteps"],
+        img_ids=given["image_ids"][0],
+        txt_ids=given["text_ids"][0],
+        guidance=given["guidance"],
+        **({"pooled_projections": given["pooled"]} if config.family == "flux1" else {}),
+    ).sample
+    mine = ours(**model_class(config).arguments(**given))
+    assert mine.abs().max() > 0.1
+    assert (out - mine).abs().max() <= 2e-5 * mine.abs().max()
 
 
 def test_full_training_of_distilled_weights_is_warned_of(tmp_path, caplog):
