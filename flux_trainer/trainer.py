@@ -128,8 +128,6 @@ class Trainer(ABC):
 
         # What people see.
         self.bad_samples = BadSamples(self.dump_folder)
-        # Tokens and floating-point operations since the last log line, of this rank's samples. On the host.
-        self.work_done = torch.zeros(2, dtype=torch.float64)
         self.meter = Meter(
             total_steps=training.steps,
             devices=self.world.size,
@@ -248,10 +246,7 @@ class Trainer(ABC):
         self.optimizer.zero_grad()
         if self.ema:
             self.ema.update(self.samples_seen, self.global_batch_size, skip)
-        self.meter.update(self.global_batch_size)
-        self.work_done += torch.tensor([self.work(each) for each in micro_batches], dtype=torch.float64).sum(
-            0
-        )
+        self.meter.update(self.global_batch_size, map(self.work, micro_batches))
         if self.step == 1 or self.step % config.metrics.log_freq == 0 or self.step == config.training.steps:
             self.log(loss, grad_norm, lr)
 
@@ -290,10 +285,9 @@ class Trainer(ABC):
         """One line of figures. The only place in a step that waits for the device."""
         bad = self.bad_samples
         share = loss.item() if self.mesh.coordinates["tp"] == 0 else 0.0  # tp ranks compute the same loss
-        work = self.work_done if self.mesh.rank(*SHARED) == 0 else torch.zeros(2)
-        sums = self.world.sum([share, bad.bad_draws, bad.draws, *work.tolist()])
-        total_loss, bad_draws, draws, tokens, flops = sums
-        self.work_done.zero_()
+        work = self.meter.work if self.mesh.rank(*SHARED) == 0 else (0, 0)
+        sums = [share, bad.bad_draws, bad.draws, *work]
+        total_loss, bad_draws, draws, *work_of_all = self.world.sum(sums)
         reading = self.meter.read(
             self.step,
             {
@@ -306,8 +300,7 @@ class Trainer(ABC):
                 "bad_samples": int(bad_draws),
                 **memory_readings(self.device),
             },
-            tokens=tokens,
-            flops=flops,
+            work_of_all,
         )
         self.guard.longest_skip.zero_()  # each line tells of the steps since the one before
         logger.info(training_line(reading, self.config.training.steps, self.color))

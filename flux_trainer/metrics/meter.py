@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from statistics import median
 
@@ -65,6 +65,7 @@ class Meter:
 
     def _reset(self) -> None:
         self._steps = self._images = 0
+        self.work = 0, 0  # tokens and floating-point operations of this rank since the last reading
         self._waited = self._paused = 0.0
 
     def _begin(self) -> float:
@@ -96,15 +97,19 @@ class Meter:
         if self._all_steps:
             self._all_paused += seconds
 
-    def update(self, images: int) -> None:
-        """One optimizer step is done, on `images` samples over all ranks."""
+    def update(self, images: int, work: Iterable[tuple[int, int]] = ()) -> None:
+        """One optimizer step is done, on `images` samples over all ranks. `work`: tokens and floating-point
+        operations of each of this rank's micro-batches."""
         self._steps += 1
         self._all_steps += 1
         self._images += images
+        for tokens, flops in work:
+            self.work = self.work[0] + tokens, self.work[1] + flops
 
-    def read(self, step: int, values: Mapping[str, Value], *, tokens: float = 0, flops: float = 0) -> Reading:
-        """The log line after `step`: `values` as numbers, and the figures since the last call, in which all
-        ranks together have computed so many tokens and floating-point operations.
+    def read(self, step: int, values: Mapping[str, Value], work: Sequence[float] = (0, 0)) -> Reading:
+        """The log line after `step`: `values` as numbers, and the figures since the last call.
+
+        `work`: `self.work` summed over all ranks.
 
         `seconds_per_step`, `images_per_second` and `tokens_per_second` (all ranks), `tflops` (per device),
         `mfu_percent` (None where the device's peak is unknown), `data_seconds_per_step`, `data_percent` of
@@ -114,6 +119,7 @@ class Meter:
         numbers = to_numbers(values)  # the device is waited for here, and nowhere else
         now = self._clock()
         seconds = max(now - self._last - self._paused, 1e-9)
+        tokens, flops = work
         rate = flops / seconds / self.devices
         if self._all_steps > self._steps and not self._warm:
             self._recent.clear()  # the first step compiles, allocates and fills caches: it predicts nothing

@@ -122,8 +122,8 @@ def test_a_sound_run_passes_without_remarks(world_size):
             'data.sources.0.reference_key = "refs" is for sources of type "jsonl"; this is "folder"',
         ),
         (
-            ["--data.sources.0.type=synthetic", "--data.sources.0.reference_paths=sketches"],
-            'data.sources.0.reference_paths = ["sketches"] is for sources of type "folder"; this is "synthetic"',
+            ["--data.sources.0.type=synthetic", "--data.sources.0.reference_paths=old"],
+            'data.sources.0.reference_paths = ["old"] is for sources of type "folder"; this is "synthetic"',
         ),
         (
             ["--data.reference_size=8"],

@@ -27,7 +27,7 @@ def run_step(meter: Meter, clock: Clock, data: float, work: float) -> None:
     with meter.data_wait():
         clock.now += data
     clock.now += work
-    meter.update(images=8)
+    meter.update(images=8, work=[(4 * 320, int(1.2e10))] * 2)
 
 
 def test_rates():
@@ -36,7 +36,9 @@ def test_rates():
     for _ in range(5):
         run_step(meter, clock, data=0.1, work=0.4)
     values = {"loss": torch.tensor(1.5), "lr": 1e-4}
-    reading = meter.read(5, values, tokens=5 * 8 * 320, flops=5 * 8 * 3e9)
+    assert meter.work == (5 * 8 * 320, 5 * 8 * 3e9)
+    reading = meter.read(5, values, meter.work)
+    assert meter.work == (0, 0)
     assert reading["step"] == 5
     assert reading["loss"] == 1.5
     assert reading["lr"] == 1e-4
