@@ -85,9 +85,12 @@ class LLMEncoder:
             states.append(output[0] if isinstance(output, tuple) else output)
 
         hooks = [self.model.layers[n - 1].register_forward_hook(keep) for n in self.chat.states]
+        mask = ids["llm_mask"].to(self.device, non_blocking=True).bool()  # [B, L]
+        past = torch.ones(mask.shape[1], mask.shape[1], dtype=torch.bool, device=self.device).tril()
         self.model(
             input_ids=ids["llm"].to(self.device, non_blocking=True),
-            attention_mask=ids["llm_mask"].to(self.device, non_blocking=True),
+            # [B, 1, L, L]. Made from [B, L] by transformers, it would cost two waits for the device.
+            attention_mask=past & mask[:, None, None, :],
             use_cache=False,
         )
         for hook in hooks:
