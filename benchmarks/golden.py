@@ -95,21 +95,25 @@ def _schedules(family: str) -> Row:
 
 @torch.no_grad()
 def _trajectories(family: str, case: str) -> list[Row]:
-    """Where four Euler steps end; with reference images' tokens behind the image's too, where there are."""
+    """Where four Euler steps end, without and with reference images' tokens behind the image's."""
     model, io = _model(case), load_file(GOLDEN / f"sampling/{case}.safetensors")
     space, (height, width) = SPACES[family], io["in.noise_latents"].shape[2:]
-    empty = {"in.ref_tokens": io["in.noise"][:, :0], "in.ref_ids": io["in.img_ids"][:, :0]}
+    none = (io["in.noise"][:, :0], io["in.img_ids"][:, :0])
+    runs = [("out", "", none)]
+    if family == "flux1":
+        kontext = (io["in.cond_seq"], io["in.cond_seq_ids"])
+        runs.append(("out_with_cond_seq", " with a reference image", kontext))
+    else:
+        runs.append(("out_ref", " with two reference images", (io["in.ref_tokens"], io["in.ref_ids"])))
     rows = []
-    for key, what, given in (("out", "", empty), ("out_ref", " with two reference images", io)):
-        if key not in io:
-            continue
-        ids = torch.cat([io["in.img_ids"], given["in.ref_ids"]], dim=1)
+    for key, what, (tokens, positions) in runs:
+        ids = torch.cat([io["in.img_ids"], positions], dim=1)
 
-        def velocity(x: Tensor, t: Tensor, ids: Tensor = ids, ref: Tensor = given["in.ref_tokens"]) -> Tensor:
-            return _call(model, io, torch.cat([x, ref], dim=1), ids, t)[:, : x.shape[1]]
+        def velocity(x: Tensor, t: Tensor, ids: Tensor = ids, tokens: Tensor = tokens) -> Tensor:
+            return _call(model, io, torch.cat([x, tokens], dim=1), ids, t)[:, : x.shape[1]]
 
         end = euler(velocity, io["in.noise"], io["timesteps"].tolist())
-        ours, theirs = (space.unpack(tokens, height, width) for tokens in (end, io[key]))
+        ours, theirs = (space.unpack(x, height, width) for x in (end, io[key]))
         rows.append((f"{case}: latents after 4 steps{what}", BFL[family], absolute(ours, theirs)))
     return rows
 

@@ -174,7 +174,7 @@ def batches(setup: Setup, args: argparse.Namespace) -> list[Batch]:
         [Source(type=kind, path=str(args.images))],
         count=args.samples,
         image_size=config.training.img_size,
-        max_pixels=config.data.max_pixels,
+        data=config.data,
     )
     loader = ValidationLoader(
         config.data,
@@ -212,7 +212,7 @@ def loss_rows(setup: Setup, args: argparse.Namespace) -> list[tuple[float, float
         return validation_loss(
             batches(setup, args),
             encode,
-            lambda x, t, txt, vec: predict(x, t, txt, vec, setup.guidance(len(x))),
+            lambda x, t, sample: predict(x, t, sample.txt, sample.vec, setup.guidance(len(x))),
             batch_size=8,
             timesteps=count,
             seed=SEED,
