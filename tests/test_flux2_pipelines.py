@@ -7,6 +7,7 @@ of a small transformer, the autoencoder of the assets. Only the noise is ours.
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,14 +15,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers.referring import picture
 from helpers.small_llm import load, store
 from helpers.small_model import small2
 from helpers.weights_files import go
+from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 
 from flux_trainer.config.pictures import Request
 from flux_trainer.config.schema import Encoder
+from flux_trainer.data.reference import read_reference
 from flux_trainer.encoders.bundle import Encoders
 from flux_trainer.encoders.choose import kind_of
 from flux_trainer.flow import rng
@@ -31,7 +35,7 @@ from flux_trainer.models.registry import model_class
 from flux_trainer.parallel.apply import Parallel
 from flux_trainer.parallel.mesh import DataGroup
 from flux_trainer.runtime.dist import World
-from flux_trainer.sample import draw, encode_prompts, share_out
+from flux_trainer.sample import draw, encode_prompts, encode_references, share_out
 from flux_trainer.velocity import Velocity
 
 pytestmark = pytest.mark.slow
@@ -95,6 +99,8 @@ def ours(both: SimpleNamespace, requests: list[Request]) -> tuple[Tensor, Tensor
     alone = DataGroup(0, 1, True, World(0, 0, 1, CPU, None, None))
     rounds = share_out(requests, groups=1, batch_size=4)
     features = encode_prompts(requests, rounds, both.encoders.text, alone)
+    read = partial(read_reference, family="flux2", side=None, max_pixels=10**8)
+    shown = encode_references(requests, rounds, read, both.encoders.encode_images, alone)
     latents: list[Tensor] = []
 
     def decode(x: Tensor) -> Tensor:
@@ -103,7 +109,7 @@ def ours(both: SimpleNamespace, requests: list[Request]) -> tuple[Tensor, Tensor
 
     drawn = draw(
         requests, rounds, features, both.velocity, decode,
-        space=FLUX2, mu=MU["flux2"], group=alone, dtype=torch.float32,
+        space=FLUX2, mu=MU["flux2"], group=alone, dtype=torch.float32, shown=shown,
     )  # fmt: skip
     pictures = dict(drawn)
     return torch.cat(latents), torch.stack([pictures[i] for i in range(len(requests))])
@@ -120,7 +126,9 @@ def theirs(both: SimpleNamespace, requests: list[Request]) -> tuple[Tensor, Tens
         return {}
 
     scale = requests[0].guidance or requests[0].cfg_scale  # one argument for either kind of guidance
+    images = [Image.open(path) for path in requests[0].references]  # one list, for all of the prompts
     out = both.pipe(
+        image=images or None,
         prompt=[r.prompt for r in requests],
         latents=noise,
         width=WIDTH,
@@ -135,16 +143,21 @@ def theirs(both: SimpleNamespace, requests: list[Request]) -> tuple[Tensor, Tens
     return FLUX2.unpack(last[0], *shape[1:]), pictures.to(torch.uint8)
 
 
+@pytest.mark.parametrize("sizes", [[], [(100, 70)], [(64, 80), (130, 65)]], ids=str)
 @pytest.mark.parametrize(
     ("both", "guidance", "cfg_scale"),
     [("flux2-dev", 4.0, 1.0), ("flux2-klein", None, 4.0), ("flux2-klein", None, 1.0)],
     ids=["dev", "klein-base", "klein-distilled"],
     indirect=["both"],
 )
-def test_prompts_become_the_pictures_of_the_pipeline(both, guidance, cfg_scale):
+def test_prompts_become_the_pictures_of_the_pipeline(both, guidance, cfg_scale, sizes, tmp_path):
     """In float32, where both are 1e-5 from float64. Another chat, hidden state or position makes 1e-2 and
     more, a mu that is off by 0.001 too."""
-    base = Request("a", WIDTH, HEIGHT, STEPS, guidance, cfg_scale, seed=5)
+    files = []
+    for number, size in enumerate(sizes):  # of the reference images; cut to multiples of 16 by both
+        files.append(str(tmp_path / f"{number}.png"))
+        picture(number, size).save(files[-1])
+    base = Request("a", WIDTH, HEIGHT, STEPS, guidance, cfg_scale, seed=5, references=tuple(files))
     requests = [replace(base, prompt="a red apple on a table"), replace(base, prompt="two dogs", seed=6)]
     latents, pictures = ours(both, requests)
     want_latents, want_pictures = theirs(both, requests)

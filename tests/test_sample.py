@@ -170,6 +170,46 @@ def test_final_latents_are_those_of_the_flux_pipeline(velocity, pipeline, size, 
     assert difference <= 1e-4
 
 
+@pytest.mark.parametrize("cfg_scale", [1.0, 4.0])
+def test_a_reference_acts_as_in_the_kontext_pipeline(velocity, pipeline, cfg_scale):
+    """One for each sample, all of one size, which is not the picture's: the pipeline takes no others."""
+    import diffusers
+
+    features, draws = conditions(0), torch.Generator().manual_seed(1)
+    seen = torch.randn(2, 16, 10, 4, generator=draws)
+    base = replace(BASE, cfg_scale=cfg_scale, negative_prompt="ugly")
+    batch = [replace(base, prompt=p, seed=s, references=(p,)) for p, s in [("a", 5), ("b", 6)]]
+    shown = {(r.prompt,): [latents] for r, latents in zip(batch, seen, strict=True)}
+    ours = denoise(batch, features, velocity, FLUX1, MU["flux1"], CPU, torch.float32, shown)
+
+    empty = dict.fromkeys(("vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"))
+    kontext = diffusers.FluxKontextPipeline(
+        transformer=pipeline.transformer, scheduler=pipeline.scheduler, **empty
+    )
+    kontext.set_progress_bar_config(disable=True)
+    shape = FLUX1.shape(base.height, base.width)
+    noise = [rng.normal(r.seed, rng.Purpose.PICTURE, torch.tensor([0]), shape) for r in batch]
+    negative, prompts = features["ugly"], [features[r.prompt] for r in batch]
+    theirs = kontext(
+        image=seen,  # as latents: no autoencoder, no change of size
+        prompt_embeds=torch.stack([p.txt for p in prompts]),
+        pooled_prompt_embeds=torch.stack([p.vec for p in prompts]),
+        negative_prompt_embeds=negative.txt.expand(2, -1, -1),
+        negative_pooled_prompt_embeds=negative.vec.expand(2, -1),
+        true_cfg_scale=cfg_scale,
+        latents=FLUX1.pack(torch.cat(noise)),
+        width=base.width,
+        height=base.height,
+        max_area=base.width * base.height,
+        num_inference_steps=base.steps,
+        guidance_scale=base.guidance,
+        output_type="latent",
+    ).images
+    difference = (ours - FLUX1.unpack(theirs, *shape[1:])).abs().max().item()
+    print(f"largest difference {difference:.1e} of {ours.abs().max():.1f}")
+    assert difference <= 1e-4
+
+
 def test_times_follow_the_size_and_schnells_are_not_shifted(velocity):
     times: list[float] = []
 
