@@ -79,9 +79,7 @@ def loader(trainer: FluxTrainer, sources: list[Source], count: int) -> Validatio
     """`count` samples at even distances through the sources."""
     config = trainer.config
     plain = [source.model_copy(update={"weight": None, "repeats": 1}) for source in sources]
-    samples = ValidationSamples(
-        plain, count=count, image_size=config.training.img_size, max_pixels=config.data.max_pixels
-    )
+    samples = ValidationSamples(plain, count=count, image_size=config.training.img_size, data=config.data)
     return ValidationLoader(
         config.data.model_copy(update={"num_workers": 0}),
         samples,
