@@ -8,6 +8,7 @@ from __future__ import annotations
 import gc
 import os
 from collections.abc import Mapping
+from dataclasses import asdict
 from functools import partial
 from itertools import count
 from math import prod
@@ -37,6 +38,7 @@ from flux_trainer.parallel.arithmetic import tokens
 from flux_trainer.parallel.mesh import DataGroup, Mesh, build_mesh, data_group
 from flux_trainer.parallel.stages import STAGES_PER_RANK
 from flux_trainer.runtime import peers
+from flux_trainer.runtime.agree import check_agreement
 from flux_trainer.runtime.dist import init_distributed, set_deterministic
 from flux_trainer.runtime.log import logger
 from flux_trainer.sample import (
@@ -52,6 +54,12 @@ from flux_trainer.velocity import Velocity, check_features, shared_encoder
 
 THUMBNAIL = 384  # pixels; longest side of a picture on the contact sheet
 
+SHARED: dict[str, Any] = {
+    **dict.fromkeys(("model", "encoder", "training", "parallelism"), True),
+    "inference": {"ema", "local_batch_size"},
+}
+"""The settings that all ranks must have in common, besides what is ordered."""
+
 
 def draw_pictures(order: Order, config: JobConfig) -> None:
     """Draw and write what is ordered, with all ranks of the world.
@@ -61,6 +69,8 @@ def draw_pictures(order: Order, config: JobConfig) -> None:
     """
     set_deterministic(config.debug.seed, config.debug.deterministic)
     world = init_distributed(config.comm.init_timeout_seconds, config.comm.machine_timeout_seconds)
+    ordered = {f"picture {i}": asdict(r) for i, r in enumerate(order.requests, 1)}
+    check_agreement({**config.model_dump(mode="json", include=SHARED), **ordered}, world)
     mesh = build_mesh(config.parallelism, world.size, world.device.type, config.comm.init_timeout_seconds)
     peers.introduce(mesh.place(STAGES_PER_RANK[config.parallelism.pipeline_parallel_schedule]))
     group = data_group(mesh, world)

@@ -110,6 +110,27 @@ def test_a_picture_depends_neither_on_batch_nor_on_mesh(run, one_process, tmp_pa
         assert np.array_equal(got[name], want[name]), name
 
 
+def disagreeing(folder: Path, out: Path) -> tuple[int, str]:
+    """Exit status and console where each rank was given another seed and another batch."""
+    rank = int(os.environ["RANK"])
+    FLAVORS["flux-tiny"] = MODEL
+    sys.stderr = io.StringIO()
+    try:
+        words = ["a", "--out", str(out), "--seed", str(rank), "--batch", str(rank + 1)]
+        return main(["generate", str(folder / "run"), *words]), sys.stderr.getvalue()
+    finally:
+        sys.stderr = sys.__stderr__
+
+
+@pytest.mark.distributed
+def test_ranks_that_were_told_different_things_draw_nothing(run, tmp_path):
+    (first, said), (second, _) = run_ranks(2, disagreeing, run[0], tmp_path)
+    assert (first, second) == (1, 1)
+    assert "The ranks were started with different settings: inference.local_batch_size is 1 on rank 0" in said
+    assert "picture 1.seed is 0 on rank 0, 1 on rank 1" in said
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_other_weights_and_settings_give_other_pictures(run, one_process, tmp_path):
     name = "001_a-red-apple_16x16_seed0.png"
     plain = pictures(one_process)[name]
