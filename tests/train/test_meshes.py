@@ -52,6 +52,8 @@ class Row:
             "parallelism.context_parallel_degree": self.cp,
             "parallelism.tensor_parallel_degree": self.tp,
             "parallelism.pipeline_parallel_degree": self.pp,
+            # Where every rank has all samples, fewer and larger micro-batches save a third of the time.
+            "training.local_batch_size": 4 if self.shard == self.replicate == self.pp == 1 else 2,
             **self.more,
         }
         return [f"--{key}={value}" for key, value in settings.items()]
@@ -81,6 +83,9 @@ ROWS = [
     Row(cp=2, tp=2),
     Row(pp=2),
     Row(pp=2, shard=2),
+    Row(shard=2, cp=2, more=FLUX2),
+    Row(tp=2, more=FLUX2),
+    Row(pp=2, more=FLUX2),
 ]
 INTERLEAVED = {"parallelism.pipeline_parallel_schedule": "Interleaved1F1B"}
 # In float64 alone, which tells the most.
@@ -98,9 +103,6 @@ MORE_ROWS = [
     Row(shard=2, more=FLUX2),
     Row(replicate=2, shard=2, more=FLUX2),
     Row(cp=2, more=FLUX2),
-    Row(tp=2, more=FLUX2),
-    Row(pp=2, more=FLUX2),
-    Row(shard=2, cp=2, more=FLUX2),
     Row(pp=2, cp=2, more=FLUX2),
     Row(shard=2, more=FLUX2, refers=True),
     *(Row(cp=2, more=method(name), refers=True) for name in ("ulysses", "ring", "allgather")),
@@ -244,8 +246,8 @@ def test_float32(row, single, tmp_path):
 @pytest.mark.mesh
 @pytest.mark.parametrize("row", ROWS, ids=str)
 def test_bfloat16_follows_the_float32_curve(row, single, tmp_path):
-    ranks, _, _ = compare(row, "bfloat16", single, tmp_path)
-    want = torch.tensor(column(single("float32")[0], "loss"))
+    ranks = on(row.ranks, tmp_path, "bfloat16", row.refers, *row.flags())
+    want = torch.tensor(column(single("float32", row.flavor)[0], "loss"))
     error = (torch.tensor(column(ranks[0], "loss")) - want).abs() / want
     assert error.max() < 0.02
 
