@@ -1,4 +1,4 @@
-"""Joint attention and its rotary position embedding.
+"""Joint attention, and the table of its rotary position embedding (`fused.norm_rope` turns by it).
 
 `attention` is the one seam that context parallelism swaps: each block holds it as `self.attention`.
 """
@@ -82,21 +82,3 @@ def rope_table(ids: Tensor, axes_dim: tuple[int, ...], theta: float) -> Tensor:
         angles.append(ids[..., axis, None].to(dtype) * (1.0 / theta**exponent))  # [B, L, d/2]
     angle = torch.cat(angles, dim=-1)
     return torch.stack((angle.cos(), angle.sin()), dim=-1).unsqueeze(2)
-
-
-def apply_rope(x: Tensor, table: Tensor) -> Tensor:
-    """Turn each pair (a, b) = (x_2i, x_2i+1) of x [B, L, H, D] to (cos a - sin b, sin a + cos b).
-
-    Computed in the table's dtype or wider, returned in that of x. The turn is the product of a + ib with
-    cos + i sin: one pass over memory in eager mode. The compiler has no code for complex numbers, but fuses
-    the same sum written out.
-    """
-    dtype = torch.promote_types(x.dtype, table.dtype)
-    table = table.to(dtype)
-    pairs = x.to(dtype).unflatten(-1, (-1, 2))  # [B, L, H, D/2, 2]
-    if torch.compiler.is_compiling():
-        (cos, sin), (a, b) = table.unbind(-1), pairs.unbind(-1)
-        turned = torch.stack((cos * a - sin * b, sin * a + cos * b), dim=-1)
-    else:
-        turned = torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(table))
-    return turned.flatten(-2).to(x.dtype)

@@ -11,14 +11,14 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from flux_trainer.models.attention import Shapes, apply_rope, attention
+from flux_trainer.models.attention import Shapes, attention
+from flux_trainer.models.fused import gated_sum
 from flux_trainer.models.layers import (
     GELU,
     FusedLinear,
     LayerNorm,
     QKNorm,
     SwiGLU,
-    modulate,
     split_modulation,
 )
 
@@ -74,10 +74,10 @@ class SelfAttention(nn.Module):
         self.norm = QKNorm(config.head_dim)
         self.proj = nn.Linear(h, h, config.bias)
 
-    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Normalised queries and keys, and values: three [B, L, H, D]."""
+    def project(self, x: Tensor, pe: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries and keys, normalised and turned, and values: three [B, L, H, D]."""
         q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in self.qkv.split(self.qkv(x)))
-        return *self.norm(q, k), v
+        return *self.norm(q, k, pe), v
 
 
 class DoubleStreamBlock(nn.Module):
@@ -85,14 +85,13 @@ class DoubleStreamBlock(nn.Module):
 
     def __init__(self, config: BlockConfig) -> None:
         super().__init__()
-        h = config.hidden_size
-        self.img_norm1 = LayerNorm(h)
+        self.img_norm1 = LayerNorm()
         self.img_attn = SelfAttention(config)
-        self.img_norm2 = LayerNorm(h)
+        self.img_norm2 = LayerNorm()
         self.img_mlp = mlp(config)
-        self.txt_norm1 = LayerNorm(h)
+        self.txt_norm1 = LayerNorm()
         self.txt_attn = SelfAttention(config)
-        self.txt_norm2 = LayerNorm(h)
+        self.txt_norm2 = LayerNorm()
         self.txt_mlp = mlp(config)
         self.attention: Attention = attention
 
@@ -112,18 +111,20 @@ class DoubleStreamBlock(nn.Module):
         img_shift1, img_scale1, img_gate1, img_shift2, img_scale2, img_gate2 = split_modulation(img_mod, 2)
         txt_shift1, txt_scale1, txt_gate1, txt_shift2, txt_scale2, txt_gate2 = split_modulation(txt_mod, 2)
 
-        img_q, img_k, img_v = self.img_attn.project(modulate(self.img_norm1(img), img_shift1, img_scale1))
-        txt_q, txt_k, txt_v = self.txt_attn.project(modulate(self.txt_norm1(txt), txt_shift1, txt_scale1))
-        q = apply_rope(torch.cat((txt_q, img_q), dim=1), pe)  # [B, L, H, D]
-        k = apply_rope(torch.cat((txt_k, img_k), dim=1), pe)
+        txt_pe, img_pe = pe.split((txt.shape[1], img.shape[1]), dim=1)
+
+        img_q, img_k, img_v = self.img_attn.project(self.img_norm1(img, img_shift1, img_scale1), img_pe)
+        txt_q, txt_k, txt_v = self.txt_attn.project(self.txt_norm1(txt, txt_shift1, txt_scale1), txt_pe)
+        q = torch.cat((txt_q, img_q), dim=1)  # [B, L, H, D]
+        k = torch.cat((txt_k, img_k), dim=1)
         v = torch.cat((txt_v, img_v), dim=1)
         joint = self.attention(q, k, v, lengths).flatten(2)  # [B, L, h]
         txt_out, img_out = joint.split((txt.shape[1], img.shape[1]), dim=1)
 
-        img = img + img_gate1 * self.img_attn.proj(img_out)
-        img = img + img_gate2 * self.img_mlp(modulate(self.img_norm2(img), img_shift2, img_scale2))
-        txt = txt + txt_gate1 * self.txt_attn.proj(txt_out)
-        txt = txt + txt_gate2 * self.txt_mlp(modulate(self.txt_norm2(txt), txt_shift2, txt_scale2))
+        img = gated_sum(img, img_gate1, self.img_attn.proj(img_out))
+        img = gated_sum(img, img_gate2, self.img_mlp(self.img_norm2(img, img_shift2, img_scale2)))
+        txt = gated_sum(txt, txt_gate1, self.txt_attn.proj(txt_out))
+        txt = gated_sum(txt, txt_gate2, self.txt_mlp(self.txt_norm2(txt, txt_shift2, txt_scale2)))
         return img, txt
 
 
@@ -137,15 +138,15 @@ class SingleStreamBlock(nn.Module):
         self.linear1 = FusedLinear({"x": h}, {"q": h, "k": h, "v": h, **mlp_sections(config)}, config.bias)
         self.linear2 = FusedLinear({"attention": h, "mlp": config.mlp_hidden}, {"x": h}, config.bias)
         self.norm = QKNorm(config.head_dim)
-        self.pre_norm = LayerNorm(h)
+        self.pre_norm = LayerNorm()
         self.mlp_act = SwiGLU() if config.gated else GELU()
         self.attention: Attention = attention
 
     def forward(self, x: Tensor, mod: Tensor, pe: Tensor, lengths: Shapes | None = None) -> Tensor:
         """x [B, L, h] (text, then image), modulation [B, 3 h], pe -> x; `lengths` as in `attention`."""
         shift, scale, gate = split_modulation(mod, 1)
-        q, k, v, *mlp = self.linear1.split(self.linear1(modulate(self.pre_norm(x), shift, scale)))
+        q, k, v, *mlp = self.linear1.split(self.linear1(self.pre_norm(x, shift, scale)))
         q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in (q, k, v))  # [B, L, H, D]
-        q, k = self.norm(q, k)
-        joint = self.attention(apply_rope(q, pe), apply_rope(k, pe), v, lengths).flatten(2)  # [B, L, h]
-        return x + gate * self.linear2(torch.cat((joint, self.mlp_act(*mlp)), dim=-1))
+        q, k = self.norm(q, k, pe)
+        joint = self.attention(q, k, v, lengths).flatten(2)  # [B, L, h]
+        return gated_sum(x, gate, self.linear2(torch.cat((joint, self.mlp_act(*mlp)), dim=-1)))

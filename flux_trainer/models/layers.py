@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from flux_trainer.models.fused import gelu, modulated_norm, norm_rope, swiglu
+
 NORM_EPS = 1e-6
 
 
@@ -53,49 +55,52 @@ class MLPEmbedder(nn.Module):
         return self.out_layer(F.silu(self.in_layer(x)))
 
 
-def rms_norm(x: Tensor, scale: Tensor) -> Tensor:
-    """x / sqrt(mean(x^2) + eps) * scale over the last dimension (Zhang and Sennrich, 2019).
+def rms_norm_rope(x: Tensor, scale: Tensor, pe: Tensor) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) * scale over the last dimension (Zhang and Sennrich, 2019), turned by pe.
 
-    Statistics in float32 or wider; rounded to the dtype of x before the multiplication with scale.
+    x is [B, L, H, D]. Computed in float32 or wider, returned in the dtype of x.
     """
-    return F.rms_norm(x, x.shape[-1:], eps=NORM_EPS) * scale
+    return norm_rope(x, scale, pe, NORM_EPS)
 
 
 class RMSNorm(nn.Module):
-    """`rms_norm` with a scale that is learned."""
+    """The scale of an RMSNorm."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
         self.scale = nn.Parameter(torch.ones(dim))
 
-    def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.scale)
-
 
 class QKNorm(nn.Module):
-    """RMSNorm of queries and keys over the head dimension."""
+    """RMSNorm of queries and keys over the head dimension, then their rotary embedding."""
 
     def __init__(self, head_dim: int) -> None:
         super().__init__()
         self.query_norm = RMSNorm(head_dim)
         self.key_norm = RMSNorm(head_dim)
 
-    def forward(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        return self.query_norm(q), self.key_norm(k)
+    def forward(self, q: Tensor, k: Tensor, pe: Tensor) -> tuple[Tensor, Tensor]:
+        """q and k [B, L, H, D], pe [B, L, 1, D/2, 2] (`rope_table`)."""
+        return rms_norm_rope(q, self.query_norm.scale, pe), rms_norm_rope(k, self.key_norm.scale, pe)
 
 
-class LayerNorm(nn.LayerNorm):
-    """LayerNorm without parameters."""
-
-    def __init__(self, dim: int) -> None:
-        super().__init__(dim, eps=NORM_EPS, elementwise_affine=False)
-
-
-class GELU(nn.GELU):
-    """In its tanh form."""
+class LayerNorm(nn.Module):
+    """LayerNorm whose scale and shift come from outside (adaLN, Peebles and Xie, 2023)."""
 
     def __init__(self) -> None:
-        super().__init__(approximate="tanh")
+        super().__init__()
+        self.eps = NORM_EPS
+
+    def forward(self, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+        """(1 + scale) LN(x) + shift for x [B, L, h], shift and scale [B, 1, h]."""
+        return modulated_norm(x, shift, scale, self.eps)
+
+
+class GELU(nn.Module):
+    """In its tanh form."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return gelu(x)
 
 
 class SwiGLU(nn.Module):
@@ -103,7 +108,7 @@ class SwiGLU(nn.Module):
 
     def forward(self, *x: Tensor) -> Tensor:
         gate, up = x if len(x) == 2 else x[0].chunk(2, dim=-1)
-        return F.silu(gate) * up
+        return swiglu(gate, up)
 
 
 class Modulation(nn.Module):
@@ -122,20 +127,15 @@ def split_modulation(mod: Tensor, triples: int) -> tuple[Tensor, ...]:
     return mod[:, None, :].chunk(3 * triples, dim=-1)
 
 
-def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """(1 + scale) x + shift for x [B, L, h], shift and scale [B, 1, h] (adaLN, Peebles and Xie, 2023)."""
-    return (1 + scale) * x + shift
-
-
 class LastLayer(nn.Module):
     """adaLN and a linear to the output channels: [B, L, h] -> [B, L, out_channels]."""
 
     def __init__(self, dim: int, out_channels: int, bias: bool = True) -> None:
         super().__init__()
-        self.norm_final = LayerNorm(dim)
+        self.norm_final = LayerNorm()
         self.linear = nn.Linear(dim, out_channels, bias)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 2 * dim, bias))
 
     def forward(self, x: Tensor, vec: Tensor) -> Tensor:
         shift, scale = self.adaLN_modulation(vec)[:, None, :].chunk(2, dim=-1)
-        return self.linear(modulate(self.norm_final(x), shift, scale))
+        return self.linear(self.norm_final(x, shift, scale))

@@ -37,7 +37,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from flux_trainer.models import blocks, flux1
-from flux_trainer.models.layers import FusedLinear, RMSNorm, rms_norm
+from flux_trainer.models.layers import FusedLinear, RMSNorm, rms_norm_rope
 from flux_trainer.runtime.layout import Layout, share_out
 
 
@@ -126,10 +126,10 @@ class _PartialScales(_Role):
     query_norm: RMSNorm
     key_norm: RMSNorm
 
-    def forward(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, q: Tensor, k: Tensor, pe: Tensor) -> tuple[Tensor, Tensor]:
         scales = torch.stack((self.query_norm.scale, self.key_norm.scale))  # [2, D]
         q_scale, k_scale = _Spread.apply(scales, self.tp_group).unbind()
-        return rms_norm(q, q_scale), rms_norm(k, k_scale)
+        return rms_norm_rope(q, q_scale, pe), rms_norm_rope(k, k_scale, pe)
 
 
 _STREAM: dict[str, type[_Role]] = {

@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from flux_trainer.config.schema import ActivationCheckpoint, Compile
 from flux_trainer.models.init import Normal
+from flux_trainer.models.layers import QKNorm
 from flux_trainer.models.registry import model_class
 from flux_trainer.optim.guard import clip_grad_norm
 from flux_trainer.parallel import tensor
@@ -167,7 +168,7 @@ def test_each_element_counts_once_in_the_norm(ranks, options, data, one_process)
 
 
 def without_the_sum_of_scales() -> tuple:
-    tensor._PartialScales.forward = lambda self, q, k: (self.query_norm(q), self.key_norm(k))
+    tensor._PartialScales.forward = QKNorm.forward
     return gradients({"tp": 2})
 
 
