@@ -95,14 +95,12 @@ def estimate(config: JobConfig, world_size: int) -> dict[str, Any]:
     )
     with e.sharing(p) as mesh:
         stages = [e.parts(p, rank, mesh) for rank in range(p.sizes["pp"])]
-        costs = {name: e.costs(p, mesh, mode) for name, mode in e.MODES.items()}
-    configured = {"none": "none", "full": "full"}.get(own.mode, f"selective {own.selective_ac_option}")
+        configured = e.describe(own)
+        modes = e.MODES | {configured: own}
+        costs = {name: e.costs(p, mesh, mode) for name, mode in modes.items()}
 
     def memory(rank: int, name: str) -> Memory:
-        if name in costs:
-            return held(p, stages[rank], rank, costs[name])
-        mixed = (int(own.selective_ac_option), costs["none"])
-        return held(p, stages[rank], rank, costs["full"], mixed)
+        return held(p, stages[rank], rank, costs[name], modes[name])
 
     def phases(m: Memory) -> dict[str, int]:
         """What is held at the peak of each part of a step."""
@@ -120,7 +118,6 @@ def estimate(config: JobConfig, world_size: int) -> dict[str, Any]:
 
     rank = max(range(p.sizes["pp"]), key=lambda rank: peak(memory(rank, configured)))
     m = memory(rank, configured)
-    names = dict.fromkeys([*e.MODES, configured])
     return {
         "model": config.model.flavor,
         "model_parameters": num_params(p.model),
@@ -142,6 +139,7 @@ def estimate(config: JobConfig, world_size: int) -> dict[str, Any]:
             "reduction": m.reduction,
             "gathered": m.gathered,
             "activations": m.activations,
+            "host": m.host,
             "t5": frozen.t5,
             "clip": frozen.clip,
             "llm": frozen.llm,
@@ -154,7 +152,7 @@ def estimate(config: JobConfig, world_size: int) -> dict[str, Any]:
         "checkpointing": configured,
         "modes": {
             name: {"activations": memory(rank, name).activations, "peak": peak(memory(rank, name))}
-            for name in names
+            for name in modes
         },
         "sent_per_step": {
             **traffic(p, stages[rank], own),
@@ -195,6 +193,8 @@ def table(figures: dict[str, Any]) -> str:
     }
     lines += _rows(rows)
     lines += _rows({"sum": sum(rows.values())})
+    if memory["host"]:
+        lines += _rows({"beside, in host memory": memory["host"]})
     lines += ["", "Peak of each part of a step", *_rows(f["phases"]), *_rows({"peak": f["peak"]})]
     lines += ["", f"  {'checkpointing':<44}{'activations':>12}{'peak':>14}"]
     for name, mode in f["modes"].items():

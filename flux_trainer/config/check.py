@@ -15,6 +15,7 @@ from flux_trainer.config.pictures import SEED_LIMIT, parse_size
 from flux_trainer.config.problems import ConfigError, origin_of
 from flux_trainer.config.schema import FAMILIES, JobConfig
 
+_POLICIES = ("", "none", "full", "selective", "attention", "memory_budget", "op")
 _BITS = {"bfloat16": 16, "float32": 32, "float64": 64}
 
 
@@ -257,6 +258,22 @@ def _recompute_and_compile(config: JobConfig) -> Iterator[Finding]:
             "activation_checkpoint.selective_ac_option",
             'is not a valid choice; expected "op" or a number such as "2"',
         )
+    section = config.activation_checkpoint
+    for kind in ("double_blocks", "single_blocks"):
+        policy = getattr(section, kind)
+        if policy not in _POLICIES and not (policy.isdecimal() and int(policy) >= 1):
+            yield (
+                f"activation_checkpoint.{kind}",
+                f'is not a valid choice; expected {", ".join(_POLICIES[1:])}, or a number such as "2"',
+            )
+    compiled = config.compile.enable and "model" in config.compile.components
+    for key in ("mode", "double_blocks", "single_blocks"):
+        if getattr(section, key) == "memory_budget" and not compiled:
+            yield (
+                f"activation_checkpoint.{key}",
+                'needs compile.enable = true with "model" in compile.components: the compiler is what keeps '
+                "the budget",
+            )
     if config.compile.enable and not config.compile.components:
         yield "compile.components", 'is empty, so compile.enable has nothing to do; name "model" or "loss"'
 

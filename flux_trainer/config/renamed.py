@@ -114,7 +114,6 @@ RENAMED: dict[str, Renamed] = {
         for key in (
             "per_op_sac_force_recompute_mm_shapes_by_fqns",
             "early_stop",
-            "memory_budget",
             "visualize_memory_budget_pareto",
             "preserve_rng_state",
             "determinism_check",

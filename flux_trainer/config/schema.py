@@ -234,10 +234,23 @@ class Parallelism(Section):
 
 
 class ActivationCheckpoint(Section):
-    mode: Literal["none", "full", "selective"] = "selective"
-    """none: keep all activations; full: recompute every block; selective: see selective_ac_option."""
+    mode: Literal["none", "full", "selective", "attention", "memory_budget"] = "selective"
+    """What forward keeps for backward, which computes the rest again. none: keep all; full: keep the blocks'
+    inputs; selective: see selective_ac_option; attention: keep what attention returns and the products before
+    it (query, key and value; in single-stream blocks, whose first product is fused, the MLP's as well);
+    memory_budget: the compiler chooses, see memory_budget."""
     selective_ac_option: str = "op"
     """op: recompute all but attention and every second matrix product; a number n: every n-th block."""
+    memory_budget: Annotated[float, Field(ge=0, le=1)] = 0.5
+    """Of mode memory_budget, which needs compile.enable: the share that is kept of what compiled blocks keep
+    by themselves; 0: their inputs."""
+    double_blocks: str = ""
+    """Another policy for double-stream blocks: none, full, selective, attention, memory_budget, op, or a
+    number n for every n-th of all blocks; empty: as mode says."""
+    single_blocks: str = ""
+    """The same for single-stream blocks."""
+    offload: bool = False
+    """Move what is kept to the host between forward and backward."""
 
 
 class Compile(Section):

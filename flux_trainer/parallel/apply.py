@@ -16,8 +16,9 @@ from flux_trainer.parallel.compile import compile_blocks
 from flux_trainer.parallel.context import ContextParallel
 from flux_trainer.parallel.fsdp import shard
 from flux_trainer.parallel.mesh import Mesh
+from flux_trainer.parallel.offload import Offload
 from flux_trainer.parallel.pipeline import Pipeline
-from flux_trainer.parallel.remat import apply_checkpointing
+from flux_trainer.parallel.remat import apply_checkpointing, apply_memory_budget
 from flux_trainer.parallel.tensor import tensor_parallel
 from flux_trainer.runtime.layout import Layout
 
@@ -79,8 +80,13 @@ def parallelize(
             layouts |= tensor_parallel(part.blocks(), mesh.tp)
         if context:
             share_attention(blocks, context)
-        apply_checkpointing(blocks, activation_checkpoint)
+        offload = Offload() if activation_checkpoint.offload else None
+        compiled = compile.enable and "model" in compile.components
+        apply_checkpointing(part.blocks(), activation_checkpoint, None if compiled else offload)
         compile_blocks(blocks, compile)
+        apply_memory_budget(part.blocks(), activation_checkpoint)
+        if offload:
+            offload.apply(blocks)
         if mesh.fsdp:
             shard(
                 part,

@@ -25,6 +25,7 @@ from flux_trainer.models import registry
 from flux_trainer.models.attention import rope_table
 from flux_trainer.models.configs import ModelConfig
 from flux_trainer.models.model import FluxModel, State
+from flux_trainer.parallel import offload
 from flux_trainer.parallel.apply import context_parallel, share_attention
 from flux_trainer.parallel.arithmetic import (
     check_mesh,
@@ -39,15 +40,18 @@ from flux_trainer.parallel.cast import read_as
 from flux_trainer.parallel.cut import take
 from flux_trainer.parallel.group import shares
 from flux_trainer.parallel.mesh import DATA, Mesh, build_mesh
-from flux_trainer.parallel.remat import apply_checkpointing
+from flux_trainer.parallel.remat import apply_checkpointing, policies
 from flux_trainer.parallel.tensor import tensor_parallel
 from flux_trainer.runtime.live_bytes import Cost, fill_fake, measure
 
 MODES = {
     "none": ActivationCheckpoint(mode="none"),
     "selective op": ActivationCheckpoint(mode="selective"),
+    "attention": ActivationCheckpoint(mode="attention"),
     "full": ActivationCheckpoint(mode="full"),
 }
+Costs = dict[str, dict[str, Cost]]
+"""One micro-batch's, by policy of checkpointing, then by kind of block, "embedders" and "head"."""
 
 
 @dataclass(frozen=True)
@@ -180,8 +184,43 @@ def parts(p: Plan, rank: int, mesh: Mesh | None) -> list[Part]:
     return found
 
 
-def costs(p: Plan, mesh: Mesh | None, mode: ActivationCheckpoint) -> dict[str, Cost]:
-    """By kind of block, and of "embedders" and "head": one micro-batch's."""
+def describe(section: ActivationCheckpoint) -> str:
+    """The settings in a few words."""
+    values = {"selective": section.selective_ac_option, "memory_budget": f"{section.memory_budget:g}"}
+
+    def words(policy: str) -> str:
+        return f"{policy} {values[policy]}" if policy in values else policy
+
+    kinds = ((kind, getattr(section, kind)) for kind in ("double_blocks", "single_blocks"))
+    parts = [words(section.mode), *(f"{kind} {words(policy)}" for kind, policy in kinds if policy)]
+    return ", ".join([*parts, *(["offload"] if section.offload else [])])
+
+
+def costs(p: Plan, mesh: Mesh | None, section: ActivationCheckpoint) -> Costs:
+    """What modules cost under each policy that `section` comes to."""
+    depths = {"double_blocks": p.model.depth, "single_blocks": p.model.depth_single_blocks}
+    wanted = set(policies([f"{kind}.{i}" for kind, depth in depths.items() for i in range(depth)], section))
+    if "memory_budget" in wanted:
+        wanted |= {"none", "full"}
+    found = {policy: _costs(p, mesh, policy) for policy in sorted(wanted - {"memory_budget"})}
+    if "memory_budget" in wanted:
+        found["memory_budget"] = {
+            name: _within(section.memory_budget, low, found["none"][name])
+            for name, low in found["full"].items()
+        }
+    return found
+
+
+def _within(budget: float, low: Cost, high: Cost) -> Cost:
+    """Of a block that keeps that share of what lies between its inputs and all that autograd would keep: the
+    compiler, whose share is of what it would keep, keeps less."""
+    kept, large = (
+        round(a + budget * (b - a)) for a, b in ((low.kept, high.kept), (low.kept_large, high.kept_large))
+    )
+    return Cost(kept, large, max(low.forward, high.forward), max(low.backward, high.backward))
+
+
+def _costs(p: Plan, mesh: Mesh | None, policy: str) -> dict[str, Cost]:
     kinds = {"double_blocks": min(1, p.model.depth), "single_blocks": min(1, p.model.depth_single_blocks)}
     small = replace(p.model, depth=kinds["double_blocks"], depth_single_blocks=kinds["single_blocks"])
     with torch.device("meta"):
@@ -196,8 +235,8 @@ def costs(p: Plan, mesh: Mesh | None, mode: ActivationCheckpoint) -> dict[str, C
     if mesh and (context := context_parallel(p.config.parallelism, mesh, p.model.num_heads)):
         context.begin(p.tokens[1], p.tokens[0] - p.references, _padded(p))
         share_attention(blocks, context)
-    for block in blocks:
-        apply_checkpointing([block], mode)
+    mode = "selective" if policy == "op" else policy
+    apply_checkpointing(model.blocks(), ActivationCheckpoint.model_validate({"mode": mode}))
     with FakeTensorMode():
         weights = {name: _present(p, end) for name, end in ends.items()}
         state = _state(p, ends["embedders"])
@@ -265,7 +304,7 @@ def _block_cost(p: Plan, block: nn.Module, taken: tuple[Tensor, ...]) -> Cost:
         out = block(*taken)
         return out if isinstance(out, tuple) else [out]
 
-    return measure(run, [*_present(p, block), *taken])
+    return measure(run, [*_present(p, block), *taken], offload.LARGE)
 
 
 def _end_cost(p: Plan, end: FluxModel, weights: list[Tensor], state: State) -> Cost:

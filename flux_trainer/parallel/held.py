@@ -9,8 +9,11 @@ G_k is the gathered weights of the root, of block k and of those to come next (`
 buffer through which the gradients of the one before are summed; or all gathered weights of the stage where
 they stay. Under a pipeline, what the other micro-batches in flight keep is added.
 
+With host offload, what blocks keep in large tensors is away, but of two blocks: the one in backward and the
+one before it, which comes back meanwhile. A block's input counts as kept by the block before.
+
 Not counted: workspaces inside operators, the allocator's fragments, the CUDA context and NCCL's buffers.
-A compiled block keeps less.
+A compiled block keeps less; what a memory budget leaves is put at its upper end.
 
 The root's gradients wait for those of the embedders: as long as backward runs, those of the head.
 
@@ -32,11 +35,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
-from flux_trainer.parallel.estimate import Part, Plan
+from flux_trainer.config.schema import ActivationCheckpoint
+from flux_trainer.parallel.estimate import Costs, Part, Plan
+from flux_trainer.parallel.remat import policies
 from flux_trainer.parallel.stages import STAGES_PER_RANK
 from flux_trainer.runtime.live_bytes import Cost
 
@@ -57,6 +61,8 @@ class Memory:
     ema: int
     activations: int
     """All that forward and backward hold at the peak."""
+    host: int
+    """In host memory, at the most."""
 
     @property
     def stored(self) -> int:
@@ -68,12 +74,11 @@ class Memory:
         return self.stored + self.gathered + self.gradients_at_peak + self.reduction + self.activations
 
 
-def memory(p: Plan, stages: Sequence[Part], rank: int, cost: dict[str, Cost], mixed: Any = None) -> Memory:
+def memory(p: Plan, stages: Sequence[Part], rank: int, cost: Costs, section: ActivationCheckpoint) -> Memory:
     """What `rank` of the pipeline holds at the peak of forward and backward.
 
     Args:
-        cost: of blocks in the checkpointing mode.
-        mixed: (n, cost) where only every n-th block is checkpointed: the cost of the others.
+        cost: of blocks under the policies of `section`.
     """
     stored, compute = p.dtype("dtype").itemsize, p.dtype("mixed_precision_param").itemsize
     wide = max(stored, torch.float32.itemsize)
@@ -81,8 +86,9 @@ def memory(p: Plan, stages: Sequence[Part], rank: int, cost: dict[str, Cost], mi
     groups = [(part, name) for part in stages for name in part.shapes]
     count = sum(len(part.shapes[name]) for part, name in groups)
     elements = sum(part.shard(name, p.fsdp) for part, name in groups)
-    walks = [_walk(part, cost, mixed) for part in stages]
-    kept = [sum(c.kept for _, c in walk) for walk in walks]
+    walks = [_walk(part, cost, section) for part in stages]
+    away = [sum(_away(name, c, section) for name, c in walk) for walk in walks]
+    kept = [sum(c.kept for _, c in walk) - gone for walk, gone in zip(walks, away, strict=True)]
     others = _in_flight(p, rank, kept) + _pipeline_buffers(p, rank, stages)
     pe = p.batch * sum(p.local_tokens) * p.model.head_dim * torch.float32.itemsize
     whole = sum(part.numel(name) for part, name in groups)
@@ -93,6 +99,7 @@ def memory(p: Plan, stages: Sequence[Part], rank: int, cost: dict[str, Cost], mi
         root, names = part.numel(""), [name for name, _ in walk]
         for k, (name, c) in enumerate(walk):
             before = sum(each.kept for _, each in walk[:k])
+            before -= sum(_away(other, each, section) for other, each in walk[: max(0, k - 1)])
             later = names[k + 1 :]
             # The root's gradients wait, whole, until those of the embedders are there.
             waiting = part.head if k + 1 < len(walk) else 0
@@ -119,6 +126,7 @@ def memory(p: Plan, stages: Sequence[Part], rank: int, cost: dict[str, Cost], mi
                 optimizer=2 * elements * stored + 4 * count,
                 ema=elements * wide if p.config.ema.enable else 0,
                 activations=others - own + before + c.backward + pe,
+                host=_in_flight(p, rank, away),
             )
             if best is None or candidate.training > best.training:
                 best = candidate
@@ -126,18 +134,22 @@ def memory(p: Plan, stages: Sequence[Part], rank: int, cost: dict[str, Cost], mi
     return best
 
 
-def _walk(part: Part, cost: dict[str, Cost], mixed: Any) -> list[tuple[str, Cost]]:
+def _walk(part: Part, cost: Costs, section: ActivationCheckpoint) -> list[tuple[str, Cost]]:
     """What runs one after another in forward; the root's part is named ""."""
-    plain = cost if mixed is None else mixed[1]
-    every = 1 if mixed is None else mixed[0]
+    ends = next(iter(cost.values()))
     walk = []
     if part.embedders:
-        walk.append(("", cost["embedders"]))
-    for index, name in enumerate(part.blocks):
-        walk.append((name, (plain if index % every else cost)[name.split(".")[0]]))
+        walk.append(("", ends["embedders"]))
+    for name, policy in zip(part.blocks, policies(part.blocks, section), strict=True):
+        walk.append((name, cost[policy][name.split(".")[0]]))
     if part.head:
-        walk.append(("", cost["head"]))
+        walk.append(("", ends["head"]))
     return walk
+
+
+def _away(name: str, cost: Cost, section: ActivationCheckpoint) -> int:
+    """What a module keeps in host memory."""
+    return cost.kept_large if section.offload and name else 0
 
 
 def _in_flight(p: Plan, rank: int, kept: Sequence[int]) -> int:

@@ -1,11 +1,27 @@
 """Activation checkpointing (rematerialisation), block by block.
 
 A block's `forward` is replaced, rather than the block wrapped, so parameter names stay as they are.
+
+What a block keeps for backward, in elements for each token of width h, with m = 4 h before the MLP's
+activation (FLUX.2: 6 h, gate and up):
+
+    policy       double-stream                    single-stream
+    full         h                                h
+    attention    h + 3 h + h                      h + (3 h + m) + h
+    op           image h + h + 5 h, text 2 h + m  FLUX.1 h + h + h, FLUX.2 h + h + (3 h + m)
+
+its input, query, key and value, and attention's output; under "op", in place of query, key and value, every
+second of the matrix products as they come: FLUX.1's modulations are products, too. Beside these, a block
+keeps attention's log-sum-exp and what there is once for a sample. A single-stream block's first product is
+query, key, value and the MLP's inputs in one: keeping a part of it would save memory but no product.
+
+Under tensor parallelism all but the input is shared out, and the sums of both residual branches (h each; one
+in single-stream blocks) are kept on every rank; under context parallelism, what has travelled.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from types import MethodType
@@ -13,55 +29,132 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._functorch import config as functorch_config
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from flux_trainer.config.schema import ActivationCheckpoint
 from flux_trainer.parallel.context import COLLECTIVES
+from flux_trainer.parallel.offload import Offload
 
 aten = torch.ops.aten
-# The dearest results to compute again: attention's output, on every backend, and whatever has travelled.
-DEAR = {
+ATTENTION = {
     aten._scaled_dot_product_flash_attention.default,
     aten._scaled_dot_product_efficient_attention.default,
     aten._scaled_dot_product_cudnn_attention.default,
     aten._scaled_dot_product_flash_attention_for_cpu.default,
+    torch.ops.flux_trainer.ring_attention.default,
+}
+# The dearest results to compute again: attention's output, on every backend, and whatever has travelled.
+DEAR = {
+    *ATTENTION,
     torch.ops._c10d_functional.all_reduce.default,  # tensor parallelism's sums
     torch.ops._c10d_functional.all_gather_into_tensor.default,  # and modulations
     *COLLECTIVES,  # context parallelism's exchanges
 }
-MATMULS = {aten.mm.default, aten.addmm.default}
+MATMULS = {aten.mm.default, aten.addmm.default, aten._scaled_mm.default}
+
+Keeps = Callable[[Any], bool]
+"""Whether to keep the result of this operator; asked for all operators of a block's forward in turn."""
 
 
-def _selective_contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-    """Keep what is dear and every second matrix product, recompute all else."""
-    count = {False: 0, True: 0}  # forward and recomputation each count for themselves
+def every_second_product() -> Keeps:
+    """Keep what is dear and every second matrix product."""
+    count = 0
+
+    def keeps(op: Any) -> bool:
+        nonlocal count
+        count += op in MATMULS
+        return op in DEAR or (op in MATMULS and count % 2 == 1)
+
+    return keeps
+
+
+def up_to_attention() -> Keeps:
+    """Keep what is dear and the matrix products before attention: modulations, query, key and value."""
+    attended = False
+
+    def keeps(op: Any) -> bool:
+        nonlocal attended
+        attended = attended or op in ATTENTION or op is aten.bmm.default  # attention in plain products
+        return op in DEAR or (op in MATMULS and not attended)
+
+    return keeps
+
+
+SELECTIVE: dict[str, Callable[[], Keeps]] = {"op": every_second_product, "attention": up_to_attention}
+
+
+def policies(names: Sequence[str], section: ActivationCheckpoint) -> list[str]:
+    """For each block of a model's part, by name and in order: none, full, op, attention or memory_budget."""
+    found = []
+    for index, name in enumerate(names):
+        policy = getattr(section, name.split(".")[0]) or section.mode
+        if policy == "selective":
+            policy = section.selective_ac_option
+        if policy.isdecimal():
+            policy = "none" if index % int(policy) else "full"
+        found.append(policy)
+    return found
+
+
+def apply_checkpointing(
+    named_blocks: Iterable[tuple[str, nn.Module]],
+    section: ActivationCheckpoint,
+    offload: Offload | None = None,
+) -> None:
+    """Make the blocks recompute their activations in backward, in place.
+
+    Args:
+        offload: what takes the kept results of single operators to the host; None where the blocks will be
+            compiled: their results are then seen, and taken, from outside.
+    """
+    blocks = dict(named_blocks)
+    # One function per policy, and methods of it, not closures over a block: compiled blocks of a kind then
+    # share a graph.
+    recomputed = {policy: _recomputed(policy, offload) for policy in ("full", *SELECTIVE)}
+    for block, policy in zip(blocks.values(), policies([*blocks], section), strict=True):
+        if policy in recomputed:
+            block.forward = MethodType(recomputed[policy], block)
+
+
+def _recomputed(policy: str, offload: Offload | None) -> Callable[..., Any]:
+    """A block's forward that keeps what the policy says."""
+    # The model draws no random numbers, so there is no generator state to restore.
+    options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
+    if policy in SELECTIVE:
+        contexts = offload.contexts if offload else _contexts
+        options["context_fn"] = partial(contexts, SELECTIVE[policy])
+
+    def forward(block: nn.Module, *args: Any) -> Any:
+        return checkpoint(partial(type(block).forward, block), *args, **options)
+
+    return forward
+
+
+Contexts = tuple[AbstractContextManager[Any], AbstractContextManager[Any]]
+
+
+def _contexts(choose: Callable[[], Keeps]) -> Contexts:
+    """For forward and recomputation, which ask each for itself."""
+    keeps = {False: choose(), True: choose()}
 
     def policy(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-        if op in MATMULS:
-            count[ctx.is_recompute] += 1
-        keep = op in DEAR or (op in MATMULS and count[ctx.is_recompute] % 2 == 1)
+        keep = keeps[ctx.is_recompute](op)
         return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
 
     return create_selective_checkpoint_contexts(policy)
 
 
-def apply_checkpointing(blocks: Iterable[nn.Module], section: ActivationCheckpoint) -> None:
-    """Make the blocks recompute their activations in backward, in place."""
-    if section.mode == "none":
-        return
-    every = 1
-    # The model draws no random numbers, so there is no generator state to restore.
-    options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
-    if section.mode == "selective":
-        if section.selective_ac_option == "op":
-            options["context_fn"] = _selective_contexts
-        else:
-            every = int(section.selective_ac_option)
+def apply_memory_budget(named_blocks: Iterable[tuple[str, nn.Module]], section: ActivationCheckpoint) -> None:
+    """Let the compiler keep no more than `section.memory_budget` in blocks of that policy; they are compiled
+    already, but not yet run."""
+    blocks = dict(named_blocks)
+    for block, policy in zip(blocks.values(), policies([*blocks], section), strict=True):
+        if policy == "memory_budget":
+            block.forward = partial(_within, section.memory_budget, block.forward)
 
-    def recomputed(block: nn.Module, *args: Any) -> Any:
-        return checkpoint(partial(type(block).forward, block), *args, **options)
 
-    for index, block in enumerate(blocks):
-        if index % every == 0:
-            # A method, not a closure over the block: compiled blocks of a kind then share a graph.
-            block.forward = MethodType(recomputed, block)
+def _within(budget: float, forward: Callable[..., Any], *args: Any) -> Any:
+    # The setting counts while a graph is made, and that is in some call; it is nobody else's.
+    with functorch_config.patch(activation_memory_budget=budget):
+        return forward(*args)

@@ -11,9 +11,10 @@ an all-reduce. With m micro-batches,
     context  all-to-all, ring, all-gather and reduce-scatter    as `parallel/context.py` says
     pipeline                 a state forward and its gradient back, each m times
 
-Full checkpointing repeats what forward sends; selective checkpointing keeps what has come, and sends nothing
-twice. `tests/parallel/test_traffic.py` counts real steps and compares. Where tokens or heads do not divide
-by the ranks of a context parallel group, each sends a little more or less (`parallel/context.py`).
+Full checkpointing repeats what forward sends, and a memory budget may; the policies op and attention keep
+what has come, and send nothing twice. `tests/parallel/test_traffic.py` counts real steps and compares. Where
+tokens or heads do not divide by the ranks of a context parallel group, each sends a little more or less
+(`parallel/context.py`).
 Left out is what a step sends beside forward and backward: encoded samples, the gradients' norm, and the
 gathered weights of the text encoder, which `flux-trainer estimate` adds.
 """
@@ -28,6 +29,7 @@ import torch
 from flux_trainer.config.schema import ActivationCheckpoint
 from flux_trainer.parallel.arithmetic import context_method
 from flux_trainer.parallel.estimate import Part, Plan
+from flux_trainer.parallel.remat import policies
 
 KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "ring", "pipeline")
 
@@ -52,11 +54,8 @@ def traffic(p: Plan, stages: Sequence[Part], mode: ActivationCheckpoint) -> dict
 
 
 def _repeats(part: Part, mode: ActivationCheckpoint) -> list[bool]:
-    """Of each block, whether all of its forward is computed again."""
-    if mode.mode == "none" or (mode.mode == "selective" and mode.selective_ac_option == "op"):
-        return [False] * len(part.blocks)
-    every = 1 if mode.mode == "full" else int(mode.selective_ac_option)
-    return [index % every == 0 for index in range(len(part.blocks))]
+    """Of each block, whether all of its forward is computed again, or may be."""
+    return [policy in ("full", "memory_budget") for policy in policies(part.blocks, mode)]
 
 
 def _weights(p: Plan, part: Part, sent: Counter[str]) -> None:

@@ -28,21 +28,25 @@ class LiveBytes(TorchDispatchMode):
         """Bytes alive."""
         self.peak = 0
         """The most there were."""
-        self._known: set[int] = set()
+        self._known: dict[int, int] = {}  # sizes
 
     def watch(self, tensor: Tensor) -> None:
         """Count a tensor that was there before."""
         storage = tensor.untyped_storage()
         key, size = storage._cdata, storage.nbytes()
         if key not in self._known:
-            self._known.add(key)
+            self._known[key] = size
             self.now += size
             self.peak = max(self.peak, self.now)
             weakref.finalize(storage, self._freed, key, size)
 
     def _freed(self, key: int, size: int) -> None:
-        self._known.discard(key)
+        self._known.pop(key, None)
         self.now -= size
+
+    def of_at_least(self, size: int) -> int:
+        """Bytes alive in storages of at least `size` bytes."""
+        return sum(each for each in self._known.values() if each >= size)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
@@ -57,6 +61,8 @@ class Cost(NamedTuple):
 
     kept: int
     """Between forward and backward, its output included."""
+    kept_large: int
+    """In large storages, of `kept`."""
     forward: int
     """At the peak of forward."""
     backward: int
@@ -80,21 +86,23 @@ def fill_fake(module: nn.Module, dtype: torch.dtype) -> list[Tensor]:
     return list(module.parameters())
 
 
-def measure(run: Callable[[], Iterable[Tensor]], present: Iterable[Tensor]) -> Cost:
+def measure(run: Callable[[], Iterable[Tensor]], present: Iterable[Tensor], large: int = 1) -> Cost:
     """The cost of `run()`, which returns tensors that require gradients, and of their backward.
 
     Args:
         present: weights and inputs, which are not counted.
+        large: bytes from which on a storage is a large one.
     """
     with LiveBytes() as live:
         for tensor in present:
             live.watch(tensor)
-        before = live.now
+        before, large_before = live.now, live.of_at_least(large)
         outputs = list(run())
         kept, forward = live.now - before, live.peak - before
+        kept_large = live.of_at_least(large) - large_before
         gradients = [torch.empty_like(output) for output in outputs]
         edges = [get_gradient_edge(output) for output in outputs]
         outputs.clear()  # in a model, only the next block holds them, and not any longer
         live.peak = live.now
         torch.autograd.backward(edges, gradients)
-        return Cost(kept, forward, live.peak - before)
+        return Cost(kept, kept_large, forward, live.peak - before)

@@ -18,8 +18,10 @@ class Alive(TorchDispatchMode):
     trackers hook into modules, which keeps a few activations alive where a block is recomputed.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, apart: Alive | None = None) -> None:
+        """apart: counts some storages itself, which are then none of this one's."""
         super().__init__()
+        self.apart = apart
         self.peak = 0
         self._storages: dict[int, weakref.ref[torch.UntypedStorage]] = {}
 
@@ -34,7 +36,14 @@ class Alive(TorchDispatchMode):
     def watch(self, tensor: Tensor) -> None:
         """Count a tensor that was there before."""
         storage = tensor.untyped_storage()
+        if self.apart and self.apart.knows(storage):
+            self._storages.pop(storage._cdata, None)
+            return
         self._storages[storage._cdata] = weakref.ref(storage)
+
+    def knows(self, storage: torch.UntypedStorage) -> bool:
+        reference = self._storages.get(storage._cdata)
+        return reference is not None and reference() is not None
 
     def now(self) -> int:
         """Bytes alive."""

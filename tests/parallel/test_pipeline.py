@@ -101,7 +101,7 @@ def pipeline_of(
     )
     for part in pipeline.parts:
         blocks = [block for _, block in part.blocks()]
-        apply_checkpointing(blocks, ActivationCheckpoint(mode=remat))
+        apply_checkpointing(part.blocks(), ActivationCheckpoint(mode=remat))
         compile_blocks(blocks, Compile(enable=compile, backend="aot_eager"))
         if mesh.fsdp:
             shard(part, blocks, mesh.fsdp, param_dtype=dtype, reshard_after_forward=not hold)

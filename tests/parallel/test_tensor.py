@@ -54,7 +54,7 @@ def build(
     )
     if mesh is not None:
         layouts = tensor_parallel(model.blocks(), mesh["tp"].get_group())
-    apply_checkpointing(blocks, ActivationCheckpoint(mode=remat))
+    apply_checkpointing(model.blocks(), ActivationCheckpoint(mode=remat))
     compile_blocks(blocks, Compile(enable=compile, backend="aot_eager"))
     if fsdp > 1:
         shard(model, blocks, mesh["dp_replicate", "fsdp"] if replicate > 1 else mesh["fsdp"])
