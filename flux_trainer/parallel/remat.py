@@ -109,26 +109,30 @@ def apply_checkpointing(
             compiled: their results are then seen, and taken, from outside.
     """
     blocks = dict(named_blocks)
-    # One function per policy, and methods of it, not closures over a block: compiled blocks of a kind then
-    # share a graph.
     recomputed = {policy: _recomputed(policy, offload) for policy in ("full", *SELECTIVE)}
-    for block, policy in zip(blocks.values(), policies([*blocks], section), strict=True):
+    for (name, block), policy in zip(blocks.items(), policies([*blocks], section), strict=True):
         if policy in recomputed:
-            block.forward = MethodType(recomputed[policy], block)
+            # A method, not a closure over the block: compiled blocks of a kind then share a graph.
+            block.forward = MethodType(recomputed[policy][name.split(".")[0]], block)
 
 
-def _recomputed(policy: str, offload: Offload | None) -> Callable[..., Any]:
-    """A block's forward that keeps what the policy says."""
+def _recomputed(policy: str, offload: Offload | None) -> dict[str, Callable[..., Any]]:
+    """A block's forward, by its kind, that keeps what the policy says."""
     # The model draws no random numbers, so there is no generator state to restore.
     options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
     if policy in SELECTIVE:
         contexts = offload.contexts if offload else _contexts
         options["context_fn"] = partial(contexts, SELECTIVE[policy])
 
-    def forward(block: nn.Module, *args: Any) -> Any:
+    # The compiler takes a length for variable when it meets two in the same piece of code: each kind of block
+    # has its own, for a single-stream block's tokens are always more than a double-stream block's.
+    def double(block: nn.Module, *args: Any) -> Any:
         return checkpoint(partial(type(block).forward, block), *args, **options)
 
-    return forward
+    def single(block: nn.Module, *args: Any) -> Any:
+        return checkpoint(partial(type(block).forward, block), *args, **options)
+
+    return {"double_blocks": double, "single_blocks": single}
 
 
 Contexts = tuple[AbstractContextManager[Any], AbstractContextManager[Any]]

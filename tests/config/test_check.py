@@ -149,6 +149,16 @@ def test_a_sound_run_passes_without_remarks(world_size):
             'expected "op" or a number such as "2"',
         ),
         (
+            ["--activation_checkpoint.single_blocks=half"],
+            'activation_checkpoint.single_blocks = "half" is not a valid choice; expected none, full, '
+            'selective, attention, memory_budget, op, or a number such as "2"',
+        ),
+        (
+            ["--activation_checkpoint.mode=memory_budget", "--compile.enable", "--compile.components=loss"],
+            'activation_checkpoint.mode = "memory_budget" needs compile.enable = true with "model" in '
+            "compile.components: the compiler is what keeps the budget",
+        ),
+        (
             ["--compile.enable", "--compile.components="],
             'compile.components = [] is empty, so compile.enable has nothing to do; name "model" or "loss"',
         ),

@@ -17,6 +17,7 @@ from flux_trainer.models.init import Normal
 from flux_trainer.models.model import FluxModel
 from flux_trainer.models.registry import model_class
 from flux_trainer.optim.guard import clip_grad_norm
+from flux_trainer.parallel import offload
 from flux_trainer.parallel.apply import Parallel, parallelize
 from flux_trainer.parallel.fsdp import defer_all_reduce, shard
 from flux_trainer.parallel.init import init_weights
@@ -46,11 +47,14 @@ def build_parallel(
     reshard="default",
     remat="none",
     option="op",
+    away=False,
     compile=False,
     param_dtype=None,
     **degrees,
 ) -> Parallel:
     config = config or CONFIGS[family]
+    if away:
+        offload.LARGE = 64
     torch.set_default_dtype(dtype)
     with torch.device("meta"):
         model = model_class(config)(config)
@@ -63,7 +67,7 @@ def build_parallel(
         build_mesh(parallelism, world_size, "cpu") if world_size > 1 else One(),
         tokens=(24, 5),
         parallelism=parallelism,
-        activation_checkpoint=ActivationCheckpoint(mode=remat, selective_ac_option=option),
+        activation_checkpoint=ActivationCheckpoint(mode=remat, selective_ac_option=option, offload=away),
         compile=Compile(enable=compile, backend="aot_eager"),
         param_dtype=param_dtype or dtype,
         reduce_dtype=dtype,
@@ -141,6 +145,9 @@ def one_process(of_family):
         (2, {"remat": "full"}, 2),
         (2, {"remat": "selective"}, 2),
         (2, {"remat": "selective", "compile": True}, 2),
+        (2, {"remat": "none", "away": True, "reshard": "always"}, 2),
+        (2, {"remat": "attention", "away": True}, 2),
+        (2, {"remat": "attention", "away": True, "compile": True, "family": "flux2"}, 2),
         (2, {"family": "flux2", "reshard": "never"}, 1),
         (4, {"family": "flux2", "replicate": 2, "remat": "selective"}, 1),
     ],
@@ -182,7 +189,14 @@ CP2 = {"family": "flux2", "context_parallel_degree": 2}
 @pytest.mark.parametrize(
     ("ranks", "cases"),
     [
-        (2, [CP2 | {"context_parallel_method": method} for method in ("ulysses", "ring", "allgather")]),
+        (
+            2,
+            [CP2 | {"context_parallel_method": method} for method in ("ulysses", "ring", "allgather")]
+            + [
+                CP2 | {"context_parallel_method": method, "remat": "attention"}
+                for method in ("ulysses", "ring")
+            ],
+        ),
         (4, [CP2 | {"remat": "selective"}, CP2 | {"tensor_parallel_degree": 2, "remat": "full"}]),
     ],
     ids=("2 ranks", "4 ranks"),

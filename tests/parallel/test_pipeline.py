@@ -15,6 +15,7 @@ from flux_trainer.models.flops import macs
 from flux_trainer.models.init import Normal
 from flux_trainer.models.model import FluxModel
 from flux_trainer.models.registry import model_class
+from flux_trainer.parallel import offload
 from flux_trainer.parallel.cast import read_as
 from flux_trainer.parallel.compile import compile_blocks
 from flux_trainer.parallel.cut import take
@@ -82,6 +83,7 @@ def pipeline_of(
     parallelism: dict,
     schedule: str,
     remat="none",
+    away=False,
     compile=False,
     hold=False,
     dtype=torch.float64,
@@ -101,8 +103,12 @@ def pipeline_of(
     )
     for part in pipeline.parts:
         blocks = [block for _, block in part.blocks()]
-        apply_checkpointing(part.blocks(), ActivationCheckpoint(mode=remat))
+        moves = offload.Offload() if away else None
+        apply_checkpointing(part.blocks(), ActivationCheckpoint(mode=remat), moves)
         compile_blocks(blocks, Compile(enable=compile, backend="aot_eager"))
+        if moves:
+            offload.LARGE = 64
+            moves.apply(blocks)
         if mesh.fsdp:
             shard(part, blocks, mesh.fsdp, param_dtype=dtype, reshard_after_forward=not hold)
         elif dtype != torch.float64:
@@ -167,6 +173,8 @@ FLUX2 = {"family": "flux2"}  # whose shared modulations are the first stage's
                 {"parallelism": TWO, "schedule": "1F1B"},
                 {"parallelism": TWO, "schedule": "Interleaved1F1B"},
                 {"parallelism": TWO, "schedule": "Interleaved1F1B", "remat": "full"},
+                {"parallelism": TWO, "schedule": "1F1B", "remat": "attention", "away": True},
+                {"parallelism": TWO, "schedule": "Interleaved1F1B", "away": True},
             ],
         ),
         pytest.param(

@@ -121,6 +121,7 @@ def one_process():
         (4, {"tp": 4}, 1),
         (2, {"tp": 2, "remat": "full"}, 1),
         (2, {"tp": 2, "remat": "selective"}, 1),
+        (2, {"tp": 2, "remat": "attention", "family": "flux2"}, 1),
         (2, {"tp": 2, "remat": "selective", "compile": True}, 1),
         (4, {"tp": 2, "fsdp": 2}, 2),
         (4, {"tp": 2, "fsdp": 2, "remat": "full"}, 2),

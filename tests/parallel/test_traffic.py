@@ -136,6 +136,8 @@ def test_the_text_encoders_weights_are_foreseen(folder):
 CP_METHODS = ("ulysses", "ring", "allgather")
 FULL = {"activation_checkpoint__mode": "full"}
 SELECTIVE = {"activation_checkpoint__mode": "selective"}
+ATTENTION = {"activation_checkpoint__mode": "attention"}
+BY_KIND = {**FULL, "activation_checkpoint__single_blocks": "attention"}
 EVERY_SECOND = {**SELECTIVE, "activation_checkpoint__selective_ac_option": "2"}
 NEVER = {"parallelism__fsdp_reshard_after_forward": "never"}
 ALWAYS = {"parallelism__fsdp_reshard_after_forward": "always"}
@@ -159,17 +161,21 @@ ROWS: list[tuple[dict[str, int], int, dict[str, str]]] = [
     ({"replicate": 2, "shard": 2}, 1, {}),
     ({"replicate": 2, "shard": 2}, 3, SELECTIVE),
     *(({"cp": cp}, 1, by(method)) for cp in (2, 4) for method in CP_METHODS),
-    *(({"cp": 2}, 2, by(method) | mode) for method in CP_METHODS for mode in (FULL, SELECTIVE, EVERY_SECOND)),
+    *(
+        ({"cp": 2}, 2, by(method) | mode)
+        for method in CP_METHODS
+        for mode in (FULL, SELECTIVE, EVERY_SECOND, ATTENTION)
+    ),
     ({"tp": 2}, 1, {}),
     ({"tp": 4}, 2, {}),
-    *(({"tp": 2}, 2, mode) for mode in (FULL, SELECTIVE, EVERY_SECOND)),
+    *(({"tp": 2}, 2, mode) for mode in (FULL, SELECTIVE, EVERY_SECOND, ATTENTION, BY_KIND)),
     ({"shard": 2, "cp": 2}, 2, {}),
     ({"shard": 2, "tp": 2}, 2, {}),
     *(({"cp": 2, "tp": 2}, 1, by(method)) for method in CP_METHODS),
     ({"replicate": 2, "shard": 2, "cp": 2}, 2, {}),
     ({"replicate": 2, "shard": 2, "cp": 2, "tp": 2}, 2, SELECTIVE),
     ({"shard": 3}, 2, FLUX2 | FULL),
-    *(({"tp": 2}, 2, FLUX2 | mode) for mode in ({}, FULL, SELECTIVE, EVERY_SECOND)),
+    *(({"tp": 2}, 2, FLUX2 | mode) for mode in ({}, FULL, SELECTIVE, EVERY_SECOND, ATTENTION)),
     *(({"cp": 2, "tp": 2}, 1, FLUX2 | by(method)) for method in CP_METHODS),
     ({"replicate": 2, "shard": 2, "cp": 2, "tp": 2}, 2, FLUX2 | SELECTIVE),
 ]
