@@ -20,7 +20,10 @@ from flux_trainer.config.schema import Compile
 
 
 def compile_blocks(blocks: Iterable[nn.Module], section: Compile) -> None:
-    """Compile each block's `forward` without graph breaks, in place. FSDP's hooks stay outside."""
+    """Compile each block's `forward` without graph breaks, in place. FSDP's hooks stay outside.
+
+    What has replaced `forward` before (checkpointing) is left out where there are no gradients.
+    """
     if section.enable and "model" in section.components:
         # Every image size, and training apart from validation, is a graph of its own; torch's 8 would be few.
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)

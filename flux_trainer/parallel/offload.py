@@ -39,6 +39,8 @@ class Moved:
         """there: its bytes on the device, [n] uint8."""
         self.device, self.stream = there.device, stream
         self.there: Tensor | None = there
+        self.done: torch.cuda.Event | None = None
+        """When the latest copy is."""
         self.host = torch.empty(there.shape, dtype=there.dtype, pin_memory=stream is not None)
         self.unread = 0
         """How many of the tensors in it are still to be read."""

@@ -147,7 +147,12 @@ def one_process(of_family):
         (2, {"remat": "selective", "compile": True}, 2),
         (2, {"remat": "none", "away": True, "reshard": "always"}, 2),
         (2, {"remat": "attention", "away": True}, 2),
-        (2, {"remat": "attention", "away": True, "compile": True, "family": "flux2"}, 2),
+        pytest.param(
+            2,
+            {"remat": "attention", "away": True, "compile": True, "family": "flux2"},
+            2,
+            marks=pytest.mark.slow,
+        ),
         (2, {"family": "flux2", "reshard": "never"}, 1),
         (4, {"family": "flux2", "replicate": 2, "remat": "selective"}, 1),
     ],

@@ -119,7 +119,7 @@ AGAIN = {
 
 
 @pytest.mark.parametrize("away", [False, True], ids=("", "offload"))
-@pytest.mark.parametrize(("family", "name"), AGAIN, ids="-".join)
+@pytest.mark.parametrize(("family", "name"), AGAIN)
 def test_what_is_computed_again(family, name, away):
     plain, again = Ops(), Ops()
     gradients(build(family, {"mode": "none"}), count=plain)
