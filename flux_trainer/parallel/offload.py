@@ -47,11 +47,13 @@ class Moved:
         self._copy(self.host, there)
 
     def _copy(self, target: Tensor, source: Tensor) -> None:
-        with torch.cuda.stream(self.stream) if self.stream else nullcontext():
-            if self.stream:
-                self.stream.wait_stream(torch.cuda.current_stream(self.device))
+        if self.stream is None:
+            target.copy_(source)
+            return
+        self.stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self.stream):
             target.copy_(source, non_blocking=True)
-            self.done = self.stream.record_event() if self.stream else None
+            self.done = self.stream.record_event()
 
     def _wait(self) -> None:
         if self.done is not None:

@@ -309,6 +309,53 @@ def test_no_gradient_no_copies():
     assert not events
 
 
+class Stream:
+    """Writes down what would happen on a stream of a GPU."""
+
+    def __init__(self, name: str, log: list[str]) -> None:
+        self.name, self.log = name, log
+
+    def wait_stream(self, other: Stream) -> None:
+        self.log.append(f"{self.name} waits for {other.name}")
+
+    def record_event(self) -> str:
+        self.log.append(f"{self.name} has copied")
+        return "copy"
+
+    def wait_event(self, event: str) -> None:
+        self.log.append(f"{self.name} waits for the {event}")
+
+
+def test_streams_wait_for_each_other(monkeypatch):
+    """A copy for what it copies and for the memory it fills; who reads or frees, for the copy."""
+    log: list[str] = []
+    main, side = Stream("main", log), Stream("side", log)
+    current = [main]
+
+    @contextmanager
+    def entered(stream: Stream) -> Iterator[None]:
+        current.append(stream)
+        yield
+        current.pop()
+
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *shape, pin_memory=False, **options: empty(*shape, **options))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: current[-1])
+    monkeypatch.setattr(torch.cuda, "stream", entered)
+    copied = ["side waits for main", "side has copied"]
+
+    there = torch.arange(8, dtype=torch.uint8)
+    moved = Moved(there, side)
+    moved.unread = 1
+    assert log == copied
+    moved.let_go()
+    assert log[2:] == ["main waits for the copy"]
+    moved.fetch()
+    assert log[3:] == copied
+    assert torch.equal(moved.read(), there)
+    assert log[5:] == ["main waits for the copy"]
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("compile", [False, True], ids=("eager", "compiled"))
