@@ -20,15 +20,15 @@ context parallelism shares tokens out. What lies behind those that count is padd
 
 Shapes = tuple[Tensor, ...]
 """`Lengths` as empty tensors, one for each sample, of shape [0, *its lengths]: the compiler compiles anew for
-other numbers, and not for other shapes."""
+other numbers, and not for other shapes. Without any, all tokens count."""
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, lengths: Shapes | None = None) -> Tensor:
+def attention(q: Tensor, k: Tensor, v: Tensor, lengths: Shapes = ()) -> Tensor:
     """Full (not causal, unmasked) attention; queries, keys, values and result are [B, L, H, D].
 
     With `lengths`, padding is attended to by none, and its own result is zero.
     """
-    if lengths is not None:
+    if lengths:
         return without_padding(lambda q, k, v, _: attention(q, k, v), q, k, v, lengths)
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # [B, H, L, D]
     if q.device.type == "cpu" and k.shape[2] <= SHORT:

@@ -22,7 +22,7 @@ from flux_trainer.models.layers import (
     split_modulation,
 )
 
-Attention = Callable[[Tensor, Tensor, Tensor, Shapes | None], Tensor]
+Attention = Callable[[Tensor, Tensor, Tensor, Shapes], Tensor]
 
 
 class BlockConfig(Protocol):
@@ -102,7 +102,7 @@ class DoubleStreamBlock(nn.Module):
         img_mod: Tensor,
         txt_mod: Tensor,
         pe: Tensor,
-        lengths: Shapes | None = None,
+        *lengths: Tensor,
     ) -> tuple[Tensor, Tensor]:
         """img [B, L_img, h], txt [B, L_txt, h], modulations [B, 6 h], pe (text, then image) -> img, txt.
 
@@ -142,7 +142,7 @@ class SingleStreamBlock(nn.Module):
         self.mlp_act = SwiGLU() if config.gated else GELU()
         self.attention: Attention = attention
 
-    def forward(self, x: Tensor, mod: Tensor, pe: Tensor, lengths: Shapes | None = None) -> Tensor:
+    def forward(self, x: Tensor, mod: Tensor, pe: Tensor, *lengths: Tensor) -> Tensor:
         """x [B, L, h] (text, then image), modulation [B, 3 h], pe -> x; `lengths` as in `attention`."""
         shift, scale, gate = split_modulation(mod, 1)
         q, k, v, *mlp = self.linear1.split(self.linear1(self.pre_norm(x, shift, scale)))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from flux_trainer.models import blocks
-from flux_trainer.models.attention import Lengths, Shapes
+from flux_trainer.models.attention import Lengths
 from flux_trainer.models.configs import TIME_DIM, Flux1Config
 from flux_trainer.models.layers import LastLayer, MLPEmbedder, Modulation
 from flux_trainer.models.model import FluxModel, State
@@ -24,10 +24,10 @@ class DoubleStreamBlock(blocks.DoubleStreamBlock):
         self.txt_mod = Modulation(config.hidden_size, triples=2)
 
     def forward(  # type: ignore[override]
-        self, img: Tensor, txt: Tensor, vec: Tensor, pe: Tensor, lengths: Shapes | None = None
+        self, img: Tensor, txt: Tensor, vec: Tensor, pe: Tensor, *lengths: Tensor
     ) -> tuple[Tensor, Tensor]:
         """img [B, L_img, h], txt [B, L_txt, h], vec [B, h], pe (text, then image) -> img, txt."""
-        return super().forward(img, txt, self.img_mod(vec), self.txt_mod(vec), pe, lengths)
+        return super().forward(img, txt, self.img_mod(vec), self.txt_mod(vec), pe, *lengths)
 
 
 class SingleStreamBlock(blocks.SingleStreamBlock):
@@ -37,9 +37,9 @@ class SingleStreamBlock(blocks.SingleStreamBlock):
         super().__init__(config)
         self.modulation = Modulation(config.hidden_size, triples=1)
 
-    def forward(self, x: Tensor, vec: Tensor, pe: Tensor, lengths: Shapes | None = None) -> Tensor:
+    def forward(self, x: Tensor, vec: Tensor, pe: Tensor, *lengths: Tensor) -> Tensor:
         """x [B, L, h] (text, then image), vec [B, h], pe -> x."""
-        return super().forward(x, self.modulation(vec), pe, lengths)
+        return super().forward(x, self.modulation(vec), pe, *lengths)
 
 
 class Flux1Model(FluxModel):

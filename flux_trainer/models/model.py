@@ -76,14 +76,14 @@ class FluxModel(nn.Module):
     def run(self, state: State, ids: Tensor, lengths: Lengths | None = None) -> Tensor | State:
         """The blocks and the head, from `state` and the positions [B, L_txt + L_img, axes] on."""
         img, txt, vec, *_ = state
-        shapes = None if lengths is None else tuple(vec.new_empty(0, *each) for each in lengths)
+        shapes = tuple(vec.new_empty(0, *each) for each in lengths or ())
         of_double, of_single = self.modulations(state)
         pe = rope_table(ids, self.config.axes_dim, self.config.theta)
         for block in self.double_blocks:
-            img, txt = block(img, txt, *of_double, pe, shapes)
+            img, txt = block(img, txt, *of_double, pe, *shapes)
         tokens = torch.cat((txt, img), dim=1)  # [B, L_txt + L_img, h]
         for block in self.single_blocks:
-            tokens = block(tokens, *of_single, pe, shapes)
+            tokens = block(tokens, *of_single, pe, *shapes)
         txt, img = tokens.split((txt.shape[1], img.shape[1]), dim=1)
         return (img, txt, *state[2:]) if self.final_layer is None else self.final_layer(img, vec)
 

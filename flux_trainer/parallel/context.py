@@ -95,12 +95,12 @@ class ContextParallel:
         (whole,) = gather_tokens((x.detach(),), shares(length, self.size), self.group)
         return whole.transpose(0, 1)
 
-    def attention(self, q: Tensor, k: Tensor, v: Tensor, lengths: Shapes | None = None) -> Tensor:
+    def attention(self, q: Tensor, k: Tensor, v: Tensor, lengths: Shapes = ()) -> Tensor:
         """Attention of this rank's queries to all ranks' keys: [B, L_r, H, D] in and out.
 
         With `lengths`, padding is attended to by none, and its own result is zero.
         """
-        if lengths is not None:
+        if lengths:
             return without_padding(self._attend, q, k, v, lengths, self.rank)
         if not torch.compiler.is_compiling():  # there it would tie the graph to a length
             assert q.shape[1] == self._own, f"{q.shape[1]} tokens, but begin() said {self._own}"

@@ -54,7 +54,7 @@ def test_a_batch_computes_each_sample_as_if_it_were_alone(family, remat):
     want = {name: p.grad.clone() for name, p in model.named_parameters()}
     model.zero_grad()
 
-    apply_checkpointing([block for _, block in model.blocks()], ActivationCheckpoint(mode=remat))
+    apply_checkpointing(model.blocks(), ActivationCheckpoint(mode=remat))
     together = loss(model, given, COUNTS, lengths=LENGTHS)
     sum(together).backward()
     for ours, theirs in zip(together, alone, strict=True):
