@@ -41,7 +41,8 @@ from flux_trainer.models.model import Arguments, FluxModel
 from flux_trainer.optim.build import build_optimizer, optimizer_tensors, set_lr
 from flux_trainer.optim.build import step as optimizer_step
 from flux_trainer.optim.ema import EMA
-from flux_trainer.optim.guard import Guard, SkippedTooOften, clip_grad_norm
+from flux_trainer.optim.guard import NONE, Guard, SkippedTooOften, clip_grad_norm
+from flux_trainer.optim.in_backward import StepInBackward
 from flux_trainer.optim.schedule import lr_factor
 from flux_trainer.parallel.apply import parallelize
 from flux_trainer.parallel.arithmetic import global_batch_size, micro_batches
@@ -118,7 +119,12 @@ class Trainer(ABC):
         )
 
         # What changes the weights, and what is kept of them.
-        self.optimizer = build_optimizer(self.parameters.items(), config.optimizer)
+        self.optimizer = build_optimizer(
+            self.parameters.items(), config.optimizer, seed=config.debug.seed, layouts=self.layouts
+        )
+        self.in_backward: StepInBackward | None = None
+        if config.optimizer.in_backward:
+            self.in_backward = StepInBackward(self.optimizer, self.parameters.items())
         self.guard = Guard(training.spike_factor, self.device)
         self.ema: EMA | None = None
         if config.ema.enable:
@@ -225,6 +231,8 @@ class Trainer(ABC):
     def train_step(self, batch: Batch) -> None:
         """One optimizer step on the global batch of which `batch` is this rank's part."""
         config = self.config
+        lr = config.optimizer.lr * lr_factor(self.step + 1, config.lr_scheduler, config.training.steps)
+        set_lr(self.optimizer, lr)
         peers.mark()
         micro_batches = self.micro_batches(batch)
         loss = self.forward_backward(micro_batches)
@@ -236,12 +244,11 @@ class Trainer(ABC):
             copies=self.mesh.size("dp_replicate"),
             layouts=self.layouts,
             tp_rank=self.mesh.coordinates["tp"],
+            freed=self.in_backward.norms if self.in_backward else NONE,
         )
         skip = self.guard(grad_norm)
         self.step += 1
         self.samples_seen += self.global_batch_size
-        lr = config.optimizer.lr * lr_factor(self.step, config.lr_scheduler, config.training.steps)
-        set_lr(self.optimizer, lr)
         optimizer_step(self.optimizer, skip)
         self.optimizer.zero_grad()
         if self.ema:
@@ -307,10 +314,11 @@ class Trainer(ABC):
         self.writers.scalars(self.step, reading)
         bad.raise_if_too_many(int(bad_draws), int(draws), self.config.data.max_bad_fraction)
         if (reading["longest_skip"] or 0) >= self.config.training.max_skipped_steps:
+            where_finite = " where gradients were not finite" if self.in_backward else ""
             raise SkippedTooOften(
                 f"{reading['longest_skip']} steps in a row were skipped up to step {self.step}: "
                 "their gradients were not finite, or jumped (training.spike_factor). The weights are as "
-                "before them. Lower optimizer.lr, or look at the data."
+                f"before them{where_finite}. Lower optimizer.lr, or look at the data."
             )
 
     def run_validation(self) -> None:

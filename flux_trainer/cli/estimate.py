@@ -98,6 +98,10 @@ def estimate(config: JobConfig, world_size: int) -> dict[str, Any]:
         configured = e.describe(own)
         modes = e.MODES | {configured: own}
         costs = {name: e.costs(p, mesh, mode) for name, mode in modes.items()}
+    own_step = "bfloat16" in (config.optimizer.state_dtype, config.training.dtype)
+    all_at_once = config.optimizer.implementation == "foreach" and not (
+        own_step or config.optimizer.in_backward
+    )
 
     def memory(rank: int, name: str) -> Memory:
         return held(p, stages[rank], rank, costs[name], modes[name])
@@ -105,7 +109,7 @@ def estimate(config: JobConfig, world_size: int) -> dict[str, Any]:
     def phases(m: Memory) -> dict[str, int]:
         """What is held at the peak of each part of a step."""
         always = m.stored + frozen.weights
-        scratch = m.parameters if config.optimizer.implementation == "foreach" else 0
+        scratch = m.parameters if all_at_once else 0
         return {
             "encoding": always + frozen.encoding,
             "forward and backward": always + m.training - m.stored + samples(p),

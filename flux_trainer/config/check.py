@@ -60,6 +60,7 @@ def inconsistencies(config: JobConfig, world_size: int | None) -> Iterator[Findi
     """What is wrong with the values alone, whatever is on the disk."""
     yield from _parallelism(config, world_size)
     yield from _batch(config, world_size)
+    yield from _in_backward(config, world_size)
     for part in _CHECKS:
         yield from part(config)
 
@@ -186,6 +187,29 @@ def _optimizer(config: JobConfig) -> Iterator[Finding]:
             "lr_scheduler.warmup_steps",
             f"is longer than the whole schedule, lr_scheduler.total_steps = {total}",
         )
+
+    if config.optimizer.state_dtype and config.training.dtype == "float64":
+        yield "optimizer.state_dtype", 'would round what training.dtype = "float64" keeps; leave it out'
+
+
+def _in_backward(config: JobConfig, world_size: int | None) -> Iterator[Finding]:
+    """A step in backward never has all gradients together, and knows only one micro-batch."""
+    if not config.optimizer.in_backward:
+        return
+    training, key = config.training, "optimizer.in_backward = true"
+    if training.max_norm:
+        yield "training.max_norm", f"needs the norm of all gradients before any step; with {key}, set it to 0"
+    if training.spike_factor:
+        yield "training.spike_factor", f"judges a step before it is done; with {key}, set it to 0"
+    if config.parallelism.pipeline_parallel_degree > 1:
+        yield "parallelism.pipeline_parallel_degree", f"needs several micro-batches, of which {key} takes one"
+    elif world_size and training.global_batch_size != -1:
+        single = training.local_batch_size * max(1, world_size // _sharing(config))
+        if training.global_batch_size != single:
+            yield (
+                "training.global_batch_size",
+                f"needs gradient accumulation, which {key} cannot do; set it to {single}, or to -1",
+            )
 
 
 def _sources(config: JobConfig) -> Iterator[Finding]:

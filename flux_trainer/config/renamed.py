@@ -84,9 +84,7 @@ RENAMED: dict[str, Renamed] = {
     "training.seq_len": _ignored("the token count follows from training.img_size"),
     "training.enable_cpu_offload": _only(False, "this version does not offload to the CPU"),
     "training.gc_debug": _only(False, "this version has no garbage-collection debugging"),
-    "optimizer.early_step_in_backward": _only(
-        False, "it excludes gradient clipping; this version does not have it"
-    ),
+    "optimizer.early_step_in_backward": _moved("optimizer.in_backward"),
     "parallelism.enable_compiled_autograd": _only(False, "this version does not have it"),
     "parallelism.expert_parallel_degree": _only(1, "FLUX has no experts"),
     "parallelism.expert_tensor_parallel_degree": _only(1, "FLUX has no experts"),

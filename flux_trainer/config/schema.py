@@ -187,6 +187,13 @@ class Optimizer(Section):
     decay_all: bool = False
     """Decay biases and norm scales too, as torchtitan v0.2 does."""
     implementation: Literal["fused", "foreach", "for-loop"] = "fused"
+    state_dtype: Literal["float32", "bfloat16"] | None = None
+    """Dtype of Adam's two moments; unset: that of the parameters. What is stored in bfloat16, moments or
+    parameters, is rounded stochastically: to one of its neighbours, and right on average."""
+    in_backward: bool = False
+    """Let every parameter step as soon as its gradient is there, and free that at once. Needs
+    training.max_norm = 0, training.spike_factor = 0 and a single micro-batch. A parameter whose gradient is
+    not finite stays as it is, while others move."""
 
 
 class LRScheduler(Section):

@@ -44,6 +44,7 @@ class Purpose(IntEnum):
     ENCODER = 12
     VAL_NOISE = 13
     PICTURE = 15  # 14 is free
+    ROUNDING = 16
 
 
 def _key(seed: int, purpose: Purpose) -> tuple[int, int]:

@@ -75,7 +75,7 @@ def initial_values(
     if isinstance(distribution, Constant):
         return torch.full((count,), distribution.value, device=device, dtype=dtype)
     wide = torch.promote_types(dtype, torch.float32)
-    draw = _draw_of(name)
+    draw = draw_of(name)
     if isinstance(distribution, Normal):
         values = normal_slice(seed, Purpose.INIT, draw, start, count, device, wide).mul_(distribution.std)
     else:
@@ -84,6 +84,6 @@ def initial_values(
     return values.to(dtype)
 
 
-def _draw_of(name: str) -> int:
+def draw_of(name: str) -> int:
     """A parameter's draw: its name hashed to 63 bits, so that it does not depend on the other parameters."""
     return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little") >> 1

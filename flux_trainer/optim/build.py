@@ -8,14 +8,24 @@ import torch
 from torch import Tensor, nn
 
 from flux_trainer.config.schema import Optimizer
+from flux_trainer.optim.rounded_adam import RoundedAdam
+from flux_trainer.runtime.layout import WHOLE, Layouts
 
 
-def build_optimizer(named: Iterable[tuple[str, nn.Parameter]], section: Optimizer) -> torch.optim.Optimizer:
+def build_optimizer(
+    named: Iterable[tuple[str, nn.Parameter]],
+    section: Optimizer,
+    *,
+    seed: int = 0,
+    layouts: Layouts = WHOLE,
+) -> torch.optim.Optimizer:
     """Adam or AdamW (Loshchilov & Hutter 2019). Only matrices decay: biases and norm scales are vectors.
 
-    `decay_all` decays those too, as torchtitan v0.2 does.
+    `decay_all` decays those too, as torchtitan v0.2 does. torch's own, unless something is stored in
+    bfloat16: then `RoundedAdam`, whose rounding is a function of `seed` and an element's place (`layouts`).
     """
-    parameters = [p for _, p in named if p.requires_grad]
+    names = {p: name for name, p in named if p.requires_grad}
+    parameters = [*names]
     matrices = [p for p in parameters if p.ndim >= 2 or section.decay_all]
     vectors = [p for p in parameters if not (p.ndim >= 2 or section.decay_all)]
     groups = [
@@ -23,6 +33,21 @@ def build_optimizer(named: Iterable[tuple[str, nn.Parameter]], section: Optimize
         for params, decay in ((matrices, section.weight_decay), (vectors, 0.0))
         if params
     ]
+    stored = parameters[0].dtype
+    state_dtype = getattr(torch, section.state_dtype) if section.state_dtype else stored
+    if torch.bfloat16 in (stored, state_dtype):
+        return RoundedAdam(
+            groups,
+            names,
+            lr=section.lr,
+            betas=(section.beta1, section.beta2),
+            eps=section.eps,
+            decoupled=section.name == "AdamW",
+            state_dtype=state_dtype,
+            compiled=section.implementation == "fused" and parameters[0].device.type == "cuda",
+            seed=seed,
+            layouts=layouts,
+        )
     cls = {"AdamW": torch.optim.AdamW, "Adam": torch.optim.Adam}[section.name]
     return cls(
         groups,
@@ -63,7 +88,9 @@ def optimizer_tensors(
         if not p.requires_grad:
             continue
         state = optimizer.state[p]
-        if not state:
+        if not state and isinstance(optimizer, RoundedAdam):
+            state.update(optimizer.fresh(p))
+        elif not state:
             on_device = p.device if optimizer.defaults["fused"] else torch.device("cpu")
             state["step"] = torch.zeros((), dtype=torch.float32, device=on_device)
             state["exp_avg"] = torch.zeros_like(p, memory_format=torch.preserve_format)

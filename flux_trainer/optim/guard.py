@@ -6,6 +6,7 @@ The decision stays on the device: it is a tensor that the optimizer and the EMA 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from types import MappingProxyType
 
 import torch
 import torch.distributed as dist
@@ -15,6 +16,7 @@ from flux_trainer.runtime.layout import WHOLE, Layouts, local
 
 SPIKE_MEMORY = 0.98  # weight of the past in the running mean of the gradient norm
 SPIKE_WARMUP = 50  # accepted steps before the mean is trusted
+NONE: Mapping[str, Tensor] = MappingProxyType({})
 
 
 class SkippedTooOften(ValueError):
@@ -29,6 +31,7 @@ def clip_grad_norm(
     copies: int = 1,
     layouts: Layouts = WHOLE,
     tp_rank: int = 0,
+    freed: Mapping[str, Tensor] = NONE,
 ) -> Tensor:
     """Scale gradients in place to a total 2-norm of at most `max_norm` (0: leave them); returns the old norm.
 
@@ -40,6 +43,7 @@ def clip_grad_norm(
         parameters: those that this rank holds, by native name.
         group: the ranks that hold the model together, so many `copies` of it; None: this rank has all.
         layouts: of the parameters that tensor parallelism shares out; the others are whole on its ranks.
+        freed: norms of gradients that are gone already, by the parameters' names.
     """
     alone = group is None or group.size() == 1
     grads = {name: p.grad for name, p in parameters.items() if p.grad is not None}
@@ -48,16 +52,18 @@ def clip_grad_norm(
         "the others' shards"
     )
     counted = [part for name, part in parts.items() if tp_rank == 0 or name in layouts]
+    known = [freed[name] for name in parameters if name in freed and (tp_rank == 0 or name in layouts)]
     first = next(iter(parameters.values()))
     wide = torch.promote_types(first.dtype, torch.float32)
     squares = torch.zeros((), dtype=wide, device=first.device)
-    if counted:
-        squares = torch.stack(torch._foreach_norm(counted, 2, wide)).square().sum()
+    if counted or known:
+        norms = [*torch._foreach_norm(counted, 2, wide)] if counted else []
+        squares = torch.stack([*norms, *known]).square().sum()
     if not alone:
         dist.all_reduce(squares, group=group)
         squares = squares / copies
     norm = squares.sqrt()
-    if max_norm > 0:
+    if max_norm > 0 and parts:
         torch._foreach_mul_([*parts.values()], (max_norm / (norm + 1e-6)).clamp(max=1.0))
     return norm
 

@@ -265,7 +265,14 @@ def _present(p: Plan, module: nn.Module) -> list[Tensor]:
     weights = fill_fake(module, compute if p.wraps else stored)
     if not p.wraps and compute != stored:
         read_as(module, compute)
+    if not p.wraps and p.config.optimizer.in_backward:
+        for weight in weights:
+            weight.register_post_accumulate_grad_hook(_free)
     return weights
+
+
+def _free(weight: Tensor) -> None:
+    weight.grad = None
 
 
 def _inputs(p: Plan) -> dict[str, Tensor]:

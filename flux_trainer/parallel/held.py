@@ -84,6 +84,8 @@ def memory(p: Plan, stages: Sequence[Part], rank: int, cost: Costs, section: Act
     """
     stored, compute = p.dtype("dtype").itemsize, p.dtype("mixed_precision_param").itemsize
     wide = max(stored, torch.float32.itemsize)
+    moment = getattr(torch, p.config.optimizer.state_dtype or p.config.training.dtype).itemsize
+    at_once = p.config.optimizer.in_backward  # gradients are freed as they come
     reduce = p.dtype("mixed_precision_reduce").itemsize
     groups = [(part, name) for part in stages for name in part.shapes]
     count = sum(len(part.shapes[name]) for part, name in groups)
@@ -108,6 +110,8 @@ def memory(p: Plan, stages: Sequence[Part], rank: int, cost: Costs, section: Act
             done = sum(part.shard(other, p.fsdp) for other in later if other)
             if not p.wraps:
                 done += waiting
+            if at_once:
+                done = 0
             gathered = reduction = 0
             if p.wraps:
                 first = max(0, k - p.config.parallelism.fsdp_prefetch)
@@ -122,10 +126,10 @@ def memory(p: Plan, stages: Sequence[Part], rank: int, cost: Costs, section: Act
             candidate = Memory(
                 parameters=elements * stored,
                 gathered=gathered,
-                gradients=stored * elements,
+                gradients=0 if at_once else stored * elements,
                 gradients_at_peak=stored * (elements if accumulates and not late else done),
                 reduction=reduction,
-                optimizer=2 * elements * stored + 4 * count,
+                optimizer=2 * elements * moment + 4 * count,
                 ema=elements * wide if p.config.ema.enable else 0,
                 activations=others - own + before + c.backward + pe,
                 host=_in_flight(p, rank, away),

@@ -38,6 +38,9 @@ def problems(*flags: str, world_size: int | None = None) -> list[str]:
     return caught.value.problems
 
 
+DOUBLE = [f"--training.{key}=float64" for key in ("dtype", "mixed_precision_param", "mixed_precision_reduce")]
+
+
 @pytest.mark.parametrize("world_size", [None, 1, 6])
 def test_a_sound_run_passes_without_remarks(world_size):
     config = load(sound("--data.sources.1.type=jsonl", "--data.sources.1.path=pairs.jsonl")).config
@@ -91,6 +94,26 @@ def test_a_sound_run_passes_without_remarks(world_size):
         (
             ["--optimizer.beta2=1"],
             "optimizer.beta2 = 1.0 would never take in a gradient; expected a number below 1",
+        ),
+        (
+            [*DOUBLE, "--optimizer.state_dtype=bfloat16"],
+            'optimizer.state_dtype = "bfloat16" would round what training.dtype = "float64" keeps; '
+            "leave it out",
+        ),
+        (
+            ["--optimizer.in_backward"],
+            "training.max_norm = 1.0 needs the norm of all gradients before any step; "
+            "with optimizer.in_backward = true, set it to 0",
+        ),
+        (
+            ["--optimizer.in_backward", "--training.max_norm=0", "--training.spike_factor=4"],
+            "training.spike_factor = 4.0 judges a step before it is done; "
+            "with optimizer.in_backward = true, set it to 0",
+        ),
+        (
+            ["--optimizer.in_backward", "--training.max_norm=0", "--parallelism.pipeline_parallel_degree=2"],
+            "parallelism.pipeline_parallel_degree = 2 needs several micro-batches, "
+            "of which optimizer.in_backward = true takes one",
         ),
         (
             ["--lr_scheduler.warmup_steps=20", "--lr_scheduler.total_steps=10"],
@@ -396,3 +419,12 @@ def test_a_flavor_of_another_family_is_refused_for_pictures_too():
     config = load(sound("--model.name=flux2", "--model.flavor=flux-dev")).config
     with pytest.raises(ConfigError, match=r"model\.flavor = .* does not belong"):
         check_generation(config, None)
+
+
+def test_a_step_in_backward_takes_no_accumulation():
+    flags = ["--optimizer.in_backward", "--training.max_norm=0", "--training.local_batch_size=2"]
+    assert problems(*flags, "--training.global_batch_size=8", world_size=2) == [
+        "command line: training.global_batch_size = 8 needs gradient accumulation, "
+        "which optimizer.in_backward = true cannot do; set it to 4, or to -1"
+    ]
+    check(load(sound(*flags, "--training.global_batch_size=4")).config, 2)

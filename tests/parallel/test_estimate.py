@@ -61,10 +61,11 @@ def settings(flavor: str, **degrees) -> JobConfig:
     return config
 
 
-def one_rank(flavor: str, degrees: dict) -> tuple[bool, int, int, int, int]:
+def one_rank(flavor: str, degrees: dict, state_dtype: str | None = None) -> tuple[bool, int, int, int, int]:
     """Whether this rank holds the first shards; its place in the pipeline; bytes of what it holds."""
     torch.manual_seed(0)
     config = settings(flavor, **degrees)
+    config.optimizer.state_dtype = state_dtype
     mesh = build_mesh(config.parallelism, torch.distributed.get_world_size(), "cpu")
     with torch.device("meta"):
         model = registry.build(config.model.name, flavor)
@@ -132,6 +133,18 @@ def test_real_ranks_hold_what_is_estimated(flavor, mesh):
                 assert gradients == want[place].gradients
             compared += 1
     assert compared
+
+
+@pytest.mark.distributed
+def test_moments_in_bfloat16_take_half():
+    config = settings("flux-tiny")
+    config.optimizer.state_dtype = "bfloat16"
+    p = plan(config, 2)
+    estimate = memory(p, parts(p, 0, None), 0, costs(p, None, MODES["none"]))
+    (_, _, parameters, optimizer, _), _ = run_ranks(2, one_rank, "flux-tiny", {}, "bfloat16")
+    assert optimizer == estimate.optimizer
+    steps = 4 * sum(map(len, parts(p, 0, None)[0].shapes.values()))
+    assert optimizer == parameters + steps
 
 
 @pytest.mark.parametrize("ranks", [8, 64, 1024])
@@ -219,6 +232,35 @@ def compare_on_one_rank(
         found = measured(forward_backward, model, *given.values(), target, on_host=on_host)
     assert_near(estimate, found + estimate.optimizer, tolerance)
     assert on_host.peak == pytest.approx(estimate.host, rel=0.02)
+
+
+@pytest.mark.parametrize("compute", ["float32", "bfloat16"])
+def test_the_peak_without_gradients_is_near_a_measured_one(compute):
+    """optimizer.in_backward: weights free their gradients as these come."""
+    config = settings("flux-tiny")
+    config.optimizer.in_backward, config.training.mixed_precision_param = True, compute
+    config.training.local_batch_size, config.training.img_size = 2, 192
+    p = plan(config, 1)
+    estimate = memory(p, parts(p, 0, None), 0, costs(p, None, MODES["full"]), MODES["full"])
+    model = registry.build(config.model.name, config.model.flavor)
+    apply_checkpointing(model.blocks(), MODES["full"])
+    if compute != "float32":
+        read_as(model, torch.bfloat16)
+    for parameter in model.parameters():
+        parameter.register_post_accumulate_grad_hook(free)
+    given = inputs(p.model, 2, image=p.tokens[0], text=p.tokens[1], dtype=torch.float32)
+    target = torch.randn(2, p.tokens[0], p.model.out_channels)
+
+    def forward_backward() -> None:
+        out = model(**model.arguments(**given))
+        flow_loss(out, target, None, 2, target[0].numel()).backward()
+
+    assert estimate.gradients == 0
+    assert_near(estimate, measured(forward_backward, model, *given.values(), target) + estimate.optimizer)
+
+
+def free(parameter: Tensor) -> None:
+    parameter.grad = None
 
 
 @contextmanager
