@@ -108,6 +108,7 @@ class Trainer(ABC):
             compile=config.compile,
             param_dtype=self.compute_dtype,
             reduce_dtype=getattr(torch, training.mixed_precision_reduce),
+            quantize=config.quantize,
         )
         self.layouts = self.parallel.layouts
         for part in self.parallel.parts:

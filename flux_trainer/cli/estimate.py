@@ -151,6 +151,7 @@ def estimate(config: JobConfig, world_size: int) -> dict[str, Any]:
             "samples": samples(p),
         },
         "assumed_encoders": list(frozen.assumed),
+        "eight_bit_linears": config.quantize.linears,
         "phases": phases(m),
         "peak": peak(m),
         "checkpointing": configured,
@@ -208,6 +209,11 @@ def table(figures: dict[str, Any]) -> str:
     if f["assumed_encoders"]:
         names = " and ".join(f["assumed_encoders"])
         lines += ["", f"No config.json of {names} here: the published one is assumed."]
+    if f["eight_bit_linears"] != "none":
+        lines += [
+            "",
+            f"Linears in {f['eight_bit_linears']} count as in bfloat16: they keep the same for backward.",
+        ]
     lines += ["", "Without the allocator's fragments, kernels' workspaces, CUDA context and NCCL's buffers."]
     return "\n".join(lines)
 

@@ -302,6 +302,19 @@ def _recompute_and_compile(config: JobConfig) -> Iterator[Finding]:
         yield "compile.components", 'is empty, so compile.enable has nothing to do; name "model" or "loss"'
 
 
+def _quantize(config: JobConfig) -> Iterator[Finding]:
+    if config.quantize.linears == "none":
+        return
+    key = f'quantize.linears = "{config.quantize.linears}"'
+    if config.training.mixed_precision_param != "bfloat16":
+        yield "training.mixed_precision_param", f'does not go with {key}, which takes "bfloat16"'
+    if config.parallelism.tensor_parallel_degree > 1:
+        yield (
+            "parallelism.tensor_parallel_degree",
+            f"does not go with {key}; use FSDP alone, or context parallelism",
+        )
+
+
 def _checkpoint(config: JobConfig) -> Iterator[Finding]:
     section = config.checkpoint
     if section.load_step < -1:
@@ -330,6 +343,7 @@ _CHECKS: tuple[Callable[[JobConfig], Iterator[Finding]], ...] = (
     _validation,
     _inference,
     _recompute_and_compile,
+    _quantize,
     _checkpoint,
     _profiling,
 )

@@ -267,6 +267,22 @@ class Compile(Section):
     backend: str = "inductor"
 
 
+EIGHT_BIT_MULTIPLE = {"float8": 16, "float8_rowwise": 16, "mxfp8": 32}
+"""Of which number the sides of matrices are multiples where they are multiplied so."""
+
+
+class Quantize(Section):
+    linears: Literal["none", "float8", "float8_rowwise", "mxfp8"] = "none"
+    """Multiply in 8 bits in training, through torchao (extra `quant`); weights stay as they are stored.
+    float8: one scale per tensor, the fastest; float8_rowwise: one per row; mxfp8: one per 32 numbers."""
+    filter: list[str] = ["double_blocks.*", "single_blocks.*"]
+    """Linears by patterns of their names, such as single_blocks.*.linear1."""
+    skip: list[str] = ["*_mod.lin", "*.modulation.lin"]
+    """Those of them that stay as they are; modulations have a row per sample, too few to gain."""
+    emulate: bool = False
+    """Round as in 8 bits, but multiply as before: shows on any device what that does to a loss; slower."""
+
+
 class Checkpoint(Section):
     enable: bool = False
     """Save checkpoints, and resume from the newest one in the dump folder."""
@@ -412,6 +428,7 @@ class JobConfig(Section):
     parallelism: Parallelism = Field(default_factory=Parallelism)
     activation_checkpoint: ActivationCheckpoint = Field(default_factory=ActivationCheckpoint)
     compile: Compile = Field(default_factory=Compile)
+    quantize: Quantize = Field(default_factory=Quantize)
     checkpoint: Checkpoint = Field(default_factory=Checkpoint)
     validation: Validation = Field(default_factory=Validation)
     inference: Inference = Field(default_factory=Inference)

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from flux_trainer.config.schema import ActivationCheckpoint, Compile, Parallelism
+from flux_trainer.adapters.quantize import quantize_linears
+from flux_trainer.config.schema import ActivationCheckpoint, Compile, Parallelism, Quantize
 from flux_trainer.models.model import FluxModel
 from flux_trainer.parallel.arithmetic import check_heads, context_method, cuts, holds_weights
 from flux_trainer.parallel.cast import read_as
@@ -47,6 +48,7 @@ def parallelize(
     compile: Compile,
     param_dtype: torch.dtype,
     reduce_dtype: torch.dtype,
+    quantize: Quantize | None = None,
 ) -> Parallel:
     """Make `model`, whose parameters lie on the meta device, compute its part of what the mesh computes.
 
@@ -55,10 +57,13 @@ def parallelize(
         tokens: image and text tokens of a sample, by which a pipeline is cut into stages of equal cost.
         param_dtype: dtype of forward and backward.
         reduce_dtype: dtype of gradient sums over ranks.
+        quantize: which linears multiply in 8 bits; None: none.
 
     Raises:
         ValueError: the model cannot be shared out so.
     """
+    if quantize:  # before a pipeline cuts the model: patterns are of all its names
+        quantize_linears(model, quantize)
     hold = holds_weights(parallelism)
     check_heads(model.config, mesh.size("tp"))
     pipeline = None

@@ -10,7 +10,7 @@ from typing import Literal
 
 from flux_trainer.config.pictures import reference_side
 from flux_trainer.config.problems import ConfigError
-from flux_trainer.config.schema import JobConfig, Parallelism, Training
+from flux_trainer.config.schema import EIGHT_BIT_MULTIPLE, JobConfig, Parallelism, Training
 from flux_trainer.models.configs import ModelConfig
 from flux_trainer.models.flops import macs
 from flux_trainer.models.registry import FLAVORS
@@ -138,6 +138,27 @@ def check_sharing(config: JobConfig, world_size: int) -> dict[str, int]:
     return sizes
 
 
+def check_rows(config: JobConfig, ranks: int) -> None:
+    """Refuse batches that 8-bit products cannot sum over, where `ranks` share the tokens of a sample.
+
+    A weight's gradient is a sum over all tokens of a batch, taken so many at a time.
+
+    Raises:
+        ConfigError: with the arithmetic.
+    """
+    linears = config.quantize.linears
+    multiple, batch = EIGHT_BIT_MULTIPLE.get(linears, 1), config.training.local_batch_size
+    for what, count in zip(("image", "text"), tokens(config), strict=True):
+        for share in {count // ranks, -(-count // ranks)}:
+            if batch * share % multiple:
+                raise ConfigError(
+                    [
+                        f'quantize.linears = "{linears}" needs a multiple of {multiple} {what} tokens in a '
+                        f"batch, but training.local_batch_size {batch} x {share} tokens = {batch * share}"
+                    ]
+                )
+
+
 def check_mesh(config: JobConfig, world_size: int) -> None:
     """Refuse a mesh on which the model cannot be shared out, or that cannot run the steps.
 
@@ -145,6 +166,7 @@ def check_mesh(config: JobConfig, world_size: int) -> None:
         ConfigError: with the arithmetic.
     """
     sizes = check_sharing(config, world_size)
+    check_rows(config, sizes["cp"])
     if sizes["pp"] > 1:
         count = micro_batches(config.training, sizes["dp_replicate"] * sizes["dp_shard"])
         try:

@@ -101,6 +101,16 @@ def test_a_sound_run_passes_without_remarks(world_size):
             "leave it out",
         ),
         (
+            ["--quantize.linears=float8", "--training.mixed_precision_param=float32"],
+            'training.mixed_precision_param = "float32" does not go with quantize.linears = "float8", '
+            'which takes "bfloat16"',
+        ),
+        (
+            ["--quantize.linears=mxfp8", "--parallelism.tensor_parallel_degree=2"],
+            'parallelism.tensor_parallel_degree = 2 does not go with quantize.linears = "mxfp8"; '
+            "use FSDP alone, or context parallelism",
+        ),
+        (
             ["--optimizer.in_backward"],
             "training.max_norm = 1.0 needs the norm of all gradients before any step; "
             "with optimizer.in_backward = true, set it to 0",

@@ -142,8 +142,8 @@ def test_a_key_of_another_meaning_is_refused_with_the_way_to_say_it(flags, hint)
 
 def test_an_ignored_section_is_mentioned_once(tmp_path):
     path = tmp_path / "a.toml"
-    path.write_text("[inference]\nlocal_batch_size = 2\nimg_size = 256\n[quantize]\na = 1\nb = 2\n")
+    path.write_text("[inference]\nlocal_batch_size = 2\nimg_size = 256\n[memory_estimation]\na = 1\nb = 2\n")
     config, notices, _ = load(["--job.config_file", str(path)])
     names = [notice.removeprefix(f"{path}: ").split(" ")[0] for notice in notices]
-    assert names == ["inference.img_size", "quantize"]
+    assert names == ["inference.img_size", "memory_estimation"]
     assert config.inference.local_batch_size == 2

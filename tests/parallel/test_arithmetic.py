@@ -25,6 +25,17 @@ def test_heads_that_do_not_divide_are_refused_with_the_arithmetic():
         check_heads(FLAVORS["flux-dev"], 5)
 
 
+def test_eight_bit_products_need_token_counts_that_they_can_sum_over():
+    config = settings(context=2)
+    config.training.img_size, config.training.local_batch_size = 80, 4  # 25 tokens: 13 and 12 on a rank
+    check_mesh(config, 2)
+    config.quantize.linears = "mxfp8"
+    with pytest.raises(ConfigError, match=r"a multiple of 32 image tokens .* 4 x 1[23] tokens = (52|48)"):
+        check_mesh(config, 2)
+    config.training.local_batch_size = 32
+    check_mesh(config, 2)
+
+
 @pytest.mark.parametrize(
     ("degrees", "ranks", "words"),
     [
