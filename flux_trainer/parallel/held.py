@@ -120,7 +120,8 @@ def memory(p: Plan, stages: Sequence[Part], rank: int, cost: Costs, section: Act
                 gathered = compute * (whole if p.hold else root + here + ahead)
                 previous = later[0] if later else ""
                 sent = part.numel(previous) if previous else 0
-                if previous and ((accumulates and not late) or reduce != stored):  # else it is the gradient
+                kept_apart = (accumulates and not late) or reduce != stored  # else it is the gradient
+                if previous and kept_apart and not at_once:
                     sent += part.shard(previous, p.fsdp)
                 reduction = reduce * (sent + (whole if late and accumulates else 0)) + compute * waiting
             candidate = Memory(

@@ -307,12 +307,15 @@ def measured_on_a_mesh(config: JobConfig, p: Plan, mode: str) -> int:
         activation_checkpoint=MODES[mode],
         compile=config.compile,
         param_dtype=torch.bfloat16,
-        reduce_dtype=torch.float32,
+        reduce_dtype=p.dtype("mixed_precision_reduce"),
     )
     model.to_empty(device="cpu")
     with torch.no_grad():
         for parameter in model.parameters():
             local(parameter).normal_(0, 0.02)
+    if config.optimizer.in_backward:
+        for parameter in model.parameters():
+            parameter.register_post_accumulate_grad_hook(free)
     given = inputs(p.model, batch, image=image, text=text, dtype=torch.float32)
     target = torch.randn(batch, image, p.model.out_channels)
     if parallel.context:
@@ -364,6 +367,19 @@ def test_the_peak_on_a_mesh_is_near_a_measured_one(flavor, mesh, mode):
         estimate = memory(p, parts(p, 0, group), 0, costs(p, group, MODES[mode]), MODES[mode])
     with fake_world(ranks):
         found = measured_on_a_mesh(config, p, mode) + estimate.optimizer
+    assert_near(estimate, found)
+
+
+@pytest.mark.parametrize("reduce", ["float32", "bfloat16"])
+def test_the_peak_on_a_mesh_without_gradients_is_near_a_measured_one(reduce):
+    config = settings("flux-tiny")
+    config.optimizer.in_backward, config.training.mixed_precision_reduce = True, reduce
+    config.training.local_batch_size, config.training.img_size = 2, 192
+    config.encoder.max_t5_encoding_len = 64
+    p = plan(config, 2)
+    estimate = memory(p, parts(p, 0, None), 0, costs(p, None, MODES["full"]))
+    with fake_world(2):
+        found = measured_on_a_mesh(config, p, "full") + estimate.optimizer
     assert_near(estimate, found)
 
 
