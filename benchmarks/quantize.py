@@ -2,9 +2,9 @@
 
     python benchmarks/quantize.py train_configs/emoji_tiny.toml --out docs/low_precision
 
-Rounding is emulated (quantize.emulate), so any machine will do; `--device-rounding` is for one that multiplies
-in 8 bits. Writes `curves.png`, the losses over the steps, and `report.json`, the figures; prints a table. Runs
-that `--runs` holds already are not repeated. Further settings (`--training.steps=40`) hold for all runs.
+Rounding is emulated (quantize.emulate), so any machine will do; `--device-rounding` is for one that
+multiplies in 8 bits. Writes `curves.png`, the losses over the steps, and `report.json`, the figures; prints a
+table. Runs that `--runs` holds are not repeated. Further settings (`--training.steps=40`) hold for all runs.
 """
 
 from __future__ import annotations

@@ -36,7 +36,7 @@ def build(family: str, linears: str = "none"):
     config = FAMILIES[family]
     model = model_class(config)(config).bfloat16()
     for p in model.parameters():
-        torch.nn.init.normal_(p, 0, 0.2)
+        torch.nn.init.normal_(p, 0, 0.1)
     quantize_linears(model, Quantize(linears=linears, emulate=True))
     return model, arguments(config, 2, image=16, text=16, dtype=torch.float32)
 
@@ -56,16 +56,16 @@ def distance(a: torch.Tensor, b: torch.Tensor) -> float:
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("linears", KINDS)
 def test_output_and_gradients_are_near_those_of_bfloat16(linears, family):
-    """e4m3 has 3 bits: one product is off by 4 %, and many lie behind another."""
+    """e4m3 has 3 bits: one product is off by 4 %; beside them are residual streams."""
     want, got = outcome(*build(family)), outcome(*build(family, linears))
     assert got.keys() == want.keys()
-    assert 0.01 < distance(got[""], want[""]) < 0.2
+    assert 0.004 < distance(got[""], want[""]) < 0.04
     for name, grad in want.items():
         assert grad.abs().max() > 0, name
         if grad.ndim == 2:
-            assert distance(got[name], grad) < 0.5, name
+            assert distance(got[name], grad) < 0.3, name
     flat = [torch.cat([x.flatten().float() for x in each.values()]) for each in (got, want)]
-    assert distance(*flat) < 0.25
+    assert distance(*flat) < 0.05
 
 
 @needs_torchao
