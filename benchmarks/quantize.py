@@ -25,7 +25,6 @@ RUNS: dict[str, list[str]] = {
     "mxfp8": ["--quantize.linears=mxfp8"],
     "bfloat16 moments": ["--optimizer.state_dtype=bfloat16"],
     "bfloat16 moments and weights": ["--optimizer.state_dtype=bfloat16", "--training.dtype=bfloat16"],
-    "bfloat16, another seed": ["--debug.seed=1"],
 }
 COMMON = [
     "--metrics.log_freq=1",
@@ -50,7 +49,7 @@ def main() -> None:
     common = [word for word in COMMON if not (args.device_rounding and word == "--quantize.emulate")]
     lines: dict[str, list[dict[str, Any]]] = {}
     for name in args.only.split(","):
-        folder = args.runs / name.replace(", ", "-").replace(" ", "-")
+        folder = args.runs / name.replace(" ", "-")
         metrics = folder / "metrics.jsonl"
         if not (folder / "done").exists():
             flags = [*common, *RUNS[name], f"--job.dump_folder={folder}", *overrides]
@@ -95,10 +94,7 @@ def plot(lines: dict[str, list[dict[str, Any]]], out: Path) -> None:
         steps = range(len(losses))
         style = {"color": "black"} if name == "bfloat16" else {"linewidth": 1}
         upper.plot(steps, losses, label=name, **style)
-        if "seed" not in name:  # other draws: not step by step comparable
-            lower.plot(steps, [a / b for a, b in zip(losses, reference, strict=True)], **style)
-        else:
-            lower.plot([], [])
+        lower.plot(steps, [a / b for a, b in zip(losses, reference, strict=True)], **style)
     upper.set(ylabel="training loss, mean over 10 steps")
     lower.set(xlabel="step", ylabel="ratio to bfloat16")
     upper.legend(fontsize=8)
