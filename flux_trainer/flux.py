@@ -17,10 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flux_trainer.config.pictures import Prompt, Request, missing_references, read_prompts, reference_side
+from flux_trainer.config.pictures import Prompt, Request, read_prompts, reference_side
 from flux_trainer.config.schema import JobConfig
 from flux_trainer.data.loader import TrainLoader, ValidationLoader
-from flux_trainer.data.reference import read_reference
 from flux_trainer.data.sampler import open_mixture
 from flux_trainer.data.samples import Batch, TrainSamples, ValidationSamples
 from flux_trainer.encoders.bundle import Encoded, Encoders
@@ -37,12 +36,19 @@ from flux_trainer.models import registry
 from flux_trainer.models.flops import train_flops_per_sample
 from flux_trainer.models.init import Distribution
 from flux_trainer.models.model import Arguments, FluxModel
-from flux_trainer.parallel.arithmetic import has_references, tokens
+from flux_trainer.parallel.arithmetic import has_references, reference_room, reference_tokens, tokens
 from flux_trainer.parallel.compile import compile_loss
 from flux_trainer.parallel.mesh import DATA, SHARED, data_group
 from flux_trainer.runtime.dist import all_gather_ragged, all_gather_rows
 from flux_trainer.runtime.log import logger
-from flux_trainer.sample import Shown, draw, encode_prompts, encode_references, sampler_mu, share_out
+from flux_trainer.sample import (
+    draw,
+    encode_prompts,
+    encode_references,
+    reference_encoder,
+    sampler_mu,
+    share_out,
+)
 from flux_trainer.trainer import Trainer
 from flux_trainer.validate import validation_loss
 from flux_trainer.velocity import Velocity, check_features, shared_encoder
@@ -92,7 +98,9 @@ class FluxTrainer(Trainer):
         self.velocity = Velocity(self.parallel, self.model_config, self.device)
         self.group = data_group(self.mesh, self.world)
         self.prompts = self.read_prompts()
-        self.shown: Shown = {}  # what the prompts refer to, once it is encoded
+        side = reference_side(config.data, config.training.img_size)
+        encode, most = self.encoders.encode_images, config.data.max_pixels
+        self.encode_reference = reference_encoder(encode, lambda _: side, most)  # of the prompts
         self.held_out = self.build_validation_loader()
 
     def build_model(self) -> tuple[FluxModel, Mapping[str, Distribution]]:
@@ -140,7 +148,7 @@ class FluxTrainer(Trainer):
             works on the same samples, in their order. `sample`: latents from the posterior, not its mean.
         """
         draws = batch.draws.to(self.device, non_blocking=True)
-        parts, references = [], batch.references()
+        parts, references = [], batch.references(self.device)
         for start in range(0, len(draws), batch_size):
             part = slice(start, start + batch_size)
             noise = None
@@ -173,7 +181,8 @@ class FluxTrainer(Trainer):
         parts = (slice(start, start + size) for start in range(0, count, size))
         length = 0
         if self.parallel.pipeline:  # whose micro-batches have one shape
-            length = max(map(self.space.reference_tokens, encoded.references), default=0)
+            longest = max(map(self.space.reference_tokens, encoded.references), default=0)
+            length = reference_room(longest, reference_tokens(self.config))
         return [self.prepare(draws[part], encoded.rows(part), length) for part in parts]
 
     def prepare(self, draws: Tensor, encoded: Encoded, length: int = 0) -> MicroBatch:
@@ -228,19 +237,13 @@ class FluxTrainer(Trainer):
     # Validation.
 
     def read_prompts(self) -> list[Prompt]:
-        """The prompts to draw, from the list or from the file; none when validation is off.
-
-        Raises ValueError where an image that they refer to is not there.
-        """
+        """The prompts to draw, from the list or from the file; none when validation is off."""
         section = self.config.validation
         if not section.enable:
             return []
-        if not section.prompts_path:
-            return [Prompt(text) for text in section.prompts]
-        prompts = read_prompts(section.prompts_path)
-        if missing := missing_references(prompts):
-            raise ValueError(f"validation.prompts_path = {section.prompts_path!r}: {'; '.join(missing)}")
-        return prompts
+        if section.prompts_path:
+            return read_prompts(section.prompts_path)
+        return [Prompt(text) for text in section.prompts]
 
     def build_validation_loader(self) -> ValidationLoader | None:
         config = self.config
@@ -330,15 +333,6 @@ class FluxTrainer(Trainer):
         ]
         batches = share_out(requests, self.group.count, section.local_batch_size)
         text = encode_prompts(requests, batches, self.encoders.text, self.group)
-        if not self.shown:
-            read = partial(
-                read_reference,
-                family=self.model_config.family,
-                side=reference_side(self.config.data, side),
-                max_pixels=self.config.data.max_pixels,
-            )
-            encode = self.encoders.encode_images
-            self.shown = encode_references(requests, batches, read, encode, self.group)
         pictures = draw(
             requests,
             batches,
@@ -349,7 +343,7 @@ class FluxTrainer(Trainer):
             mu=sampler_mu(self.config.model.flavor),
             group=self.group,
             dtype=self.wide,
-            shown=self.shown,
+            shown=encode_references(requests, batches, self.encode_reference, self.group),
         )
         return torch.stack([picture for _, picture in sorted(pictures, key=lambda pair: pair[0])])
 

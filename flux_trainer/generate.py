@@ -9,7 +9,6 @@ import gc
 import os
 from collections.abc import Mapping
 from dataclasses import asdict
-from functools import partial
 from itertools import count
 from math import prod
 from pathlib import Path
@@ -22,7 +21,7 @@ from torch import Tensor
 from flux_trainer.checkpoint.errors import on_first
 from flux_trainer.config.pictures import Order, Request, metadata
 from flux_trainer.config.schema import ActivationCheckpoint, JobConfig
-from flux_trainer.data.reference import read_reference
+from flux_trainer.data.reference import published_side
 from flux_trainer.encoders.bundle import Codec
 from flux_trainer.encoders.choose import kind_of, text_encoders
 from flux_trainer.encoders.text import TextFeatures
@@ -47,6 +46,7 @@ from flux_trainer.sample import (
     draw,
     encode_prompts,
     encode_references,
+    reference_encoder,
     sampler_mu,
     share_out,
 )
@@ -84,9 +84,13 @@ def draw_pictures(order: Order, config: JobConfig) -> None:
 
     rounds = share_out(requests, group.count, config.inference.local_batch_size)
 
-    side, most = config.inference.reference_size, config.data.max_pixels
-    read = partial(read_reference, family=model.family, side=side, max_pixels=most)
-    shown = encode_references(requests, rounds, read, codec.encode_images, group)
+    side = config.inference.reference_size
+    encode = reference_encoder(
+        codec.encode_images,
+        lambda count: side or published_side(model.family, count),
+        config.data.max_pixels,
+    )
+    shown = encode_references(requests, rounds, encode, group)
     features = _encode(config, model, mesh, group, requests, rounds)
     gc.collect()  # modules are in cycles, with FSDP's hooks and without
     if world.device.type == "cuda":

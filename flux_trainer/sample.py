@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 
 from flux_trainer.config.pictures import Request
+from flux_trainer.data.bad import BadSample, DataError
+from flux_trainer.data.reference import load_reference
 from flux_trainer.encoders.choose import TextEncoder
 from flux_trainer.encoders.text import TextFeatures
 from flux_trainer.flow import rng
@@ -92,22 +94,38 @@ def encode_prompts(
     return features
 
 
+def reference_encoder(
+    encode: Callable[[Tensor], Tensor], side_of: Callable[[int], int | None], max_pixels: int
+) -> Callable[[str, int], Tensor]:
+    """(file, how many references its picture has) -> latents [C, h, w] in host memory, computed once.
+
+    It raises DataError for a file that cannot be taken.
+
+    Args:
+        encode: uint8 [1, 3, H, W] -> latents [1, C, h, w].
+        side_of: how many references -> `side` of `load_reference`.
+    """
+
+    @cache
+    def once(path: str, side: int | None) -> Tensor:
+        try:
+            image = load_reference(path, side, max_pixels)
+        except BadSample as error:
+            raise DataError(str(error)) from error
+        return encode(image[None])[0].cpu()
+
+    return lambda path, count: once(path, side_of(count))
+
+
 def encode_references(
     requests: Sequence[Request],
     rounds: Sequence[Round],
-    read: Callable[[str, int], Tensor],
-    encode: Callable[[Tensor], Tensor],
+    encode: Callable[[str, int], Tensor],
     group: DataGroup,
 ) -> dict[tuple[str, ...], list[Tensor]]:
-    """Latents of the reference images that this rank's group needs; each file is encoded once, alone.
-
-    Args:
-        read: (file, how many references its picture has) -> uint8 [3, H, W].
-        encode: uint8 [1, 3, H, W] -> latents [1, C, h, w].
-    """
+    """Latents of the reference images that this rank's group needs; `encode` is a `reference_encoder`."""
     mine = [requests[i] for batches in rounds for i in batch_of(batches, group.number)]
-    once = cache(lambda path, count: encode(read(path, count)[None])[0].cpu())
-    return {r.references: [once(path, len(r.references)) for path in r.references] for r in mine}
+    return {r.references: [encode(path, len(r.references)) for path in r.references] for r in mine}
 
 
 @torch.no_grad()

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from flux_trainer.config.pictures import Request
 from flux_trainer.config.schema import Encoder
-from flux_trainer.data.reference import read_reference
+from flux_trainer.data.reference import published_side
 from flux_trainer.encoders.bundle import Encoders
 from flux_trainer.encoders.choose import kind_of
 from flux_trainer.flow import rng
@@ -35,7 +35,7 @@ from flux_trainer.models.registry import model_class
 from flux_trainer.parallel.apply import Parallel
 from flux_trainer.parallel.mesh import DataGroup
 from flux_trainer.runtime.dist import World
-from flux_trainer.sample import draw, encode_prompts, encode_references, share_out
+from flux_trainer.sample import draw, encode_prompts, encode_references, reference_encoder, share_out
 from flux_trainer.velocity import Velocity
 
 pytestmark = pytest.mark.slow
@@ -99,8 +99,9 @@ def ours(both: SimpleNamespace, requests: list[Request]) -> tuple[Tensor, Tensor
     alone = DataGroup(0, 1, True, World(0, 0, 1, CPU, None, None))
     rounds = share_out(requests, groups=1, batch_size=4)
     features = encode_prompts(requests, rounds, both.encoders.text, alone)
-    read = partial(read_reference, family="flux2", side=None, max_pixels=10**8)
-    shown = encode_references(requests, rounds, read, both.encoders.encode_images, alone)
+    side_of = partial(published_side, "flux2")
+    encode = reference_encoder(both.encoders.encode_images, side_of, max_pixels=10**8)
+    shown = encode_references(requests, rounds, encode, alone)
     latents: list[Tensor] = []
 
     def decode(x: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from flux_trainer.config.schema import JobConfig
+from flux_trainer.config.schema import JobConfig, Source
 from flux_trainer.models.registry import FLAVORS
 
 _ABSENT = "nothing"
@@ -20,12 +20,17 @@ def identity(config: JobConfig, global_batch_size: int) -> dict[str, Any]:
     return {
         "model": config.model.model_dump(),
         "debug.seed": config.debug.seed,
-        "data.sources": [source.model_dump() for source in config.data.sources],
+        "data.sources": [_source(source) for source in config.data.sources],
         "training.global_batch_size": global_batch_size,
         **{f"data.{key}": getattr(config.data, key) for key in ("crop", "flip_prob")},
         **{f"training.{key}": getattr(config.training, key) for key in _DRAWN_BY},
         f"encoder.{text_length}": getattr(config.encoder, text_length),
     }
+
+
+def _source(source: Source) -> dict[str, Any]:
+    """Its settings. Those of reference images came later: where there are none, checkpoints need not know."""
+    return {k: v for k, v in source.model_dump().items() if v or not k.startswith("reference_")}
 
 
 def differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

@@ -22,14 +22,13 @@ from flux_trainer.config.pictures import (
     file_names,
     missing_references,
     read_prompts,
-    reference_side,
     requests,
 )
 from flux_trainer.config.problems import COMMAND_LINE
 from flux_trainer.config.schema import Inference, JobConfig
 from flux_trainer.models.registry import FLAVORS
 from flux_trainer.models.widths import check_widths
-from flux_trainer.parallel.arithmetic import check_sharing, has_references
+from flux_trainer.parallel.arithmetic import check_sharing
 from flux_trainer.runtime.log import init_logger, logger
 
 _USAGE = """\
@@ -139,16 +138,12 @@ def plan(argv: Sequence[str], world_size: int) -> tuple[Order, JobConfig, list[s
         section = section.model_copy(update={"guidance": None})
     elif guidance is None:
         guidance = config.flow.guidance
-    if section.reference_size is None and has_references(config):
-        trained = reference_side(config.data, config.training.img_size)
-        section = section.model_copy(update={"reference_size": trained})
     side = config.training.img_size if "training.img_size" in origins else 1024
     wanted = requests(section, prompts, side=side, steps=steps, guidance=guidance, cfg_scale=cfg_scale)
     if len(once := list(dict.fromkeys(wanted))) < len(wanted):
         notices.append("what is asked for twice is drawn once; --count 2 draws each with two seeds")
     if missing := missing_references(Prompt(r.prompt, r.references) for r in once):
         raise ConfigError(missing)
-    config = config.model_copy(update={"inference": section})
     folder = Path(config.job.dump_folder) / section.save_img_folder
     order = Order(weights.path, once, [folder / name for name in file_names(once)])
     _check_files(order, section.overwrite)
@@ -166,7 +161,7 @@ def _references(argv: Sequence[str]) -> tuple[list[str], list[str]]:
             file = text if equals else next(rest, "")
             if not file or file.startswith("--"):
                 raise ConfigError(["--reference: the name of an image file is missing"])
-            files.append(file)
+            files.append(os.path.expanduser(file))
         else:
             words.append(word)
     return words, files

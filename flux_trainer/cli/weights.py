@@ -15,11 +15,13 @@ from typing import Any
 
 from flux_trainer.cli.contents import INDEX, read_fields
 from flux_trainer.config.load import load_config
+from flux_trainer.config.pictures import reference_side
 from flux_trainer.config.problems import ConfigError
 from flux_trainer.config.renamed import Assignment
 from flux_trainer.config.schema import JobConfig
 from flux_trainer.models.recognise import describe, flavors
 from flux_trainer.models.registry import FLAVORS
+from flux_trainer.parallel.arithmetic import has_references
 
 RUN_SECTIONS = ("model", "encoder", "flow", "training", "inference", "debug")
 """Those of a run's settings that its pictures depend on; the mesh, for one, is another."""
@@ -172,6 +174,9 @@ def _run(folder: Path, run: JobConfig) -> Iterator[Assignment]:
         yield Assignment(origin, ("inference", "denoising_steps"), run.validation.denoising_steps)
         yield Assignment(origin, ("inference", "cfg_scale"), scale)
         yield Assignment(origin, ("inference", "guidance"), run.flow.guidance)
+    if has_references(run):
+        size = reference_side(run.data, run.training.img_size)
+        yield Assignment(origin, ("inference", "reference_size"), size)
     for section in RUN_SECTIONS:
         for key, value in getattr(run, section):
             if value is not None:

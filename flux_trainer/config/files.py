@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from flux_trainer.config.pictures import missing_references, read_prompts
 from flux_trainer.config.schema import JobConfig, Source
 
 Finding = tuple[str, str]
@@ -32,8 +33,8 @@ def missing_files(config: JobConfig) -> Iterator[Finding]:
     ):
         for i, source in enumerate(sources):
             yield from _source(f"{name}.{i}", source)
-    if config.validation.prompts_path and not os.path.isfile(config.validation.prompts_path):
-        yield "validation.prompts_path", _not_there(config.validation.prompts_path, "file")
+    if path := config.validation.prompts_path:
+        yield from (("validation.prompts_path", sentence) for sentence in _prompts(path))
     if config.metrics.enable_wandb and importlib.util.find_spec("wandb") is None:
         yield (
             "metrics.enable_wandb",
@@ -95,6 +96,18 @@ def _source(name: str, source: Source) -> Iterator[Finding]:
         yield f"{name}.path", _not_there(source.path, "file")
     if source.type == "hf" and importlib.util.find_spec("datasets") is None:
         yield f"{name}.type", 'needs a package that is not installed: pip install "flux_trainer[hf]"'
+
+
+def _prompts(path: str) -> Iterator[str]:
+    if not os.path.isfile(path):
+        yield _not_there(path, "file")
+        return
+    try:
+        missing = missing_references(read_prompts(path))
+    except ValueError as error:
+        yield f"cannot be used: {error}"
+    else:
+        yield from (f"cannot be used: {sentence}" for sentence in missing)
 
 
 def _folders(config: JobConfig) -> Iterator[Finding]:

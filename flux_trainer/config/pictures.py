@@ -74,10 +74,10 @@ def read_prompts(path: str) -> list[Prompt]:
         ValueError: the file is not UTF-8 text, or a line is no such object.
     """
     try:
-        text = sys.stdin.read() if path == "-" else Path(path).read_text(encoding="utf-8")
+        text = sys.stdin.read() if path == "-" else Path(path).read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text: {error}") from error
-    lines = [(number, line.strip()) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
+    lines = [(number, line.strip()) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
     if path.endswith(".jsonl"):
         return [_prompt(line, f"{path}, line {number}", Path(path).parent) for number, line in lines]
     return [Prompt(line) for _, line in lines]
@@ -89,10 +89,12 @@ def _prompt(line: str, where: str, folder: Path) -> Prompt:
     except ValueError as error:
         raise ValueError(f"{where} is not JSON: {error}") from error
     prompt = fields.get("prompt") if isinstance(fields, dict) else None
-    references = fields.get("references", []) if isinstance(fields, dict) else None
-    names = [references] if isinstance(references, str) else references
     if not isinstance(prompt, str) or not prompt.strip():
         raise ValueError(f'{where} has no "prompt"; expected {{"prompt": "...", "references": ["a.png"]}}')
+    if unknown := fields.keys() - {"prompt", "references"}:
+        raise ValueError(f'{where}: unknown field "{min(unknown)}"; there are "prompt" and "references"')
+    names = fields.get("references") or []
+    names = [names] if isinstance(names, str) else names
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise ValueError(f'{where}: "references" is neither a path nor a list of paths')
     return Prompt(prompt.strip(), tuple(str(folder / name) for name in names))

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from flux_trainer.data.bad import BadSample, DataError
+from flux_trainer.data.bad import BadSample
 from flux_trainer.data.image import decode
 from flux_trainer.data.sources import read
 
@@ -44,43 +44,21 @@ FLUX2_SIDE, FLUX2_SIDE_OF_SEVERAL = 2024, 1024
 """As in BFL's code; diffusers has 1024 in either case."""
 
 
-def shrunk(image: Image.Image, side: int, flip: bool = False) -> Tensor:
+def shrunk(image: Image.Image, side: int) -> Tensor:
     """An RGB image of at most side x side pixels' area, aspect kept, cut at the centre to multiples of 16.
 
-    uint8 [3, H, W]. Smaller images keep their size. That is how BFL's FLUX.2 code does it. Raises BadSample
-    where a side comes to less than 16 pixels.
+    uint8 [3, H, W]. Smaller images keep their size. So does BFL's FLUX.2 code, which moreover refuses sides
+    below 64 pixels and aspects above 8. Raises BadSample where a side comes to less than 16 pixels.
     """
     width, height = image.size
     if width * height > side * side:
         scale = sqrt(side * side / (width * height))
         width, height = int(width * scale), int(height * scale)
-        if min(width, height) >= UNIT:
-            image = image.resize((width, height), Image.Resampling.LANCZOS)
     if min(width, height) < UNIT:
         raise BadSample(f"a reference image of {image.width} x {image.height} pixels is too thin for a token")
+    image = image.resize((width, height), Image.Resampling.LANCZOS)
     left, top = width % UNIT // 2, height % UNIT // 2
-    image = image.crop((left, top, left + width // UNIT * UNIT, top + height // UNIT * UNIT))
-    return _pixels(image, flip)
-
-
-def read_reference(path: str, count: int, *, family: str, side: int | None, max_pixels: int) -> Tensor:
-    """What a picture refers to, from a file, uint8 [3, H, W].
-
-    Args:
-        count: of the references that the picture has.
-        family: of the model that draws it.
-        side: as in `shrunk`; None: the size that was published for the family.
-
-    Raises:
-        DataError: the file is no image, or one that cannot be taken; it is named.
-    """
-    try:
-        image = decode(read(path), max_pixels)
-        if side is None and family == "flux1":
-            return kontext(image)
-        return shrunk(image, side or (FLUX2_SIDE if count == 1 else FLUX2_SIDE_OF_SEVERAL))
-    except BadSample as error:
-        raise DataError(f"{path}: {error}") from error
+    return _pixels(image.crop((left, top, left + width // UNIT * UNIT, top + height // UNIT * UNIT)))
 
 
 def kontext(image: Image.Image) -> Tensor:
@@ -90,6 +68,29 @@ def kontext(image: Image.Image) -> Tensor:
     return _pixels(image.resize(size, Image.Resampling.LANCZOS))
 
 
-def _pixels(image: Image.Image, flip: bool = False) -> Tensor:
-    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)  # [H, W, C] -> [C, H, W]
-    return pixels.flip(2) if flip else pixels.contiguous()
+def _pixels(image: Image.Image) -> Tensor:
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()  # [H, W, C] -> [C, H, W]
+
+
+def load_reference(path: str, side: int | None, max_pixels: int) -> Tensor:
+    """A reference image from its file, uint8 [3, H, W].
+
+    Args:
+        side: as of `shrunk`; None: as of `kontext`.
+
+    Raises:
+        BadSample: the file is no image, or one that cannot be taken; it is named.
+    """
+    data = read(path)
+    try:
+        image = decode(data, max_pixels, side or 0)
+        return shrunk(image, side) if side else kontext(image)
+    except BadSample as error:
+        raise BadSample(f"{path}: {error}") from error
+
+
+def published_side(family: str, count: int) -> int | None:
+    """What a family takes for `side` of `load_reference` where a picture has `count` references."""
+    if family == "flux1":
+        return None
+    return FLUX2_SIDE if count == 1 else FLUX2_SIDE_OF_SEVERAL

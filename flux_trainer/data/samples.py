@@ -20,7 +20,7 @@ from flux_trainer.config.pictures import reference_side
 from flux_trainer.config.schema import Data, Source
 from flux_trainer.data.bad import BadRecord, BadSample, DataError
 from flux_trainer.data.image import decode, square
-from flux_trainer.data.reference import shrunk
+from flux_trainer.data.reference import load_reference
 from flux_trainer.data.sampler import Mixture
 from flux_trainer.data.sources import ImageSource, open_source
 from flux_trainer.flow.rng import Purpose, scalar
@@ -76,15 +76,16 @@ class Batch:
             ),
         )
 
-    def references(self) -> list[list[Tensor]]:
-        """The reference images of each sample, uint8 [3, H, W]."""
+    def references(self, device: torch.device | str = "cpu") -> list[list[Tensor]]:
+        """The reference images of each sample, uint8 [3, H, W], sent to `device` in one piece."""
+        pixels = self.reference_pixels.to(device, non_blocking=True)
         images: list[list[Tensor]] = []
         start = 0
         for sizes in self.reference_sizes or [[] for _ in self.captions]:
             images.append([])
             for height, width in sizes:
                 end = start + 3 * height * width
-                images[-1].append(self.reference_pixels[start:end].view(3, height, width))
+                images[-1].append(pixels[start:end].view(3, height, width))
                 start = end
         return images
 
@@ -150,7 +151,7 @@ class TrainSamples:
             scalar(self.seed, Purpose.DROPOUT, draw, element) < self.dropout_prob for element in elements
         )
         pixels = square(loaded.image, self.image_size, position, flip)
-        references = [shrunk(image, self.limits.reference_side, flip) for image in loaded.references]
+        references = [image.flip(2) if flip else image for image in loaded.references]
         return Sample(draw, pixels, loaded.caption, drop_t5, drop_clip, references=references, bad=bad)
 
 
@@ -182,10 +183,9 @@ class ValidationSamples:
         source, index = self.sources[number], item - self.ends[number] + len(self.sources[number])
         try:
             image, caption, references = load(source, index, self.limits)
-            shown = [shrunk(reference, self.limits.reference_side) for reference in references]
         except BadSample as error:
             return Sample(i, blank, "", valid=False, bad=[BadRecord(source.name, index, str(error))])
-        return Sample(i, square(image, self.image_size), caption, references=shown)
+        return Sample(i, square(image, self.image_size), caption, references=references)
 
 
 @dataclass(frozen=True)
@@ -208,7 +208,7 @@ class Loaded(NamedTuple):
 
     image: Image.Image
     caption: str
-    references: list[Image.Image]
+    references: list[Tensor]
 
 
 def load(source: ImageSource, index: int, limits: Limits) -> Loaded:
@@ -219,11 +219,9 @@ def load(source: ImageSource, index: int, limits: Limits) -> Loaded:
             f"{raw.origin}: {len(raw.references)} reference images, data.max_references is "
             f"{limits.max_references}"
         )
-    sized = [(*reference, limits.reference_side) for reference in raw.references]
-    images = []
-    for data, origin, size in ((raw.image, raw.origin, limits.image_size), *sized):
-        try:
-            images.append(decode(data, limits.max_pixels, size))
-        except BadSample as error:
-            raise BadSample(f"{origin}: {error}") from error
-    return Loaded(images[0], raw.caption, images[1:])
+    try:
+        image = decode(raw.image, limits.max_pixels, limits.image_size)
+    except BadSample as error:
+        raise BadSample(f"{raw.origin}: {error}") from error
+    shown = [load_reference(path, limits.reference_side, limits.max_pixels) for path in raw.references]
+    return Loaded(image, raw.caption, shown)

@@ -26,13 +26,13 @@ from flux_trainer.flow.rng import Purpose, uniform
 
 
 class RawSample(NamedTuple):
-    """An image (a file's bytes, or decoded), its caption, and the words that lead a reader to it; a file's
-    bytes and its path for each image that it refers to."""
+    """An image (a file's bytes, or decoded), its caption, the words that lead a reader to it, and the files
+    of the images that it refers to."""
 
     image: bytes | Image.Image
     caption: str
     origin: str
-    references: tuple[tuple[bytes, str], ...] = ()
+    references: tuple[str, ...] = ()
 
 
 class ImageSource(Protocol):
@@ -80,7 +80,11 @@ class FolderSource:
         stems = [os.path.splitext(file)[0] for file in self.files]
         self.references: list[list[str]] = [[] for _ in stems]
         for folder in reference_paths:
-            found = {os.path.splitext(file)[0]: file for file in images_below(folder)}
+            names = images_below(folder)
+            found = {os.path.splitext(file)[0]: file for file in names}
+            if len(found) < len(names):
+                twice = next(file for file in names if found[os.path.splitext(file)[0]] != file)
+                raise DataError(f"{folder} has several images for one name, of which one is {twice}.")
             if not found.keys() & set(stems):
                 raise DataError(f"No image in {folder} has the name of one in {path}, to be its reference.")
             for stem, references in zip(stems, self.references, strict=True):
@@ -98,8 +102,7 @@ class FolderSource:
             caption = read(caption_path).decode("utf-8-sig")
         except UnicodeDecodeError as error:
             raise BadSample(f"{caption_path} is not UTF-8") from error
-        references = tuple((read(name), name) for name in self.references[index])
-        return RawSample(read(path), checked(caption, caption_path), path, references)
+        return RawSample(read(path), checked(caption, caption_path), path, tuple(self.references[index]))
 
 
 class JsonlSource:
@@ -111,6 +114,7 @@ class JsonlSource:
         self.name = f"jsonl {path}"
         self.path, self.image_key, self.caption_key = path, image_key, caption_key
         self.reference_key = reference_key
+        self._named, field = False, json.dumps(reference_key).encode()
         self.offsets = array("q")  # of lines that are not blank, in bytes
 
         def lines() -> Iterator[bytes]:
@@ -119,10 +123,13 @@ class JsonlSource:
                 for line in file:
                     if not line.isspace():
                         self.offsets.append(position)
+                        self._named = self._named or field in line
                         yield line
                     position += len(line)
 
         self.fingerprint = digest(chain(lines(), [reference_key.encode()]))
+        if reference_key and not self._named:
+            raise DataError(f'Not one line of {path} has the field "{reference_key}" for reference images.')
 
     def __len__(self) -> int:
         return len(self.offsets)
@@ -145,8 +152,8 @@ class JsonlSource:
         names = [names] if isinstance(names, str) else names
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
             raise BadSample(f'"{self.reference_key}" is neither a path nor a list of paths')
-        paths = [os.path.join(folder, name) for name in names]
-        return RawSample(read(image), caption, image, tuple((read(path), path) for path in paths))
+        references = tuple(os.path.join(folder, name) for name in names)
+        return RawSample(read(image), caption, image, references)
 
 
 class HuggingFaceSource:

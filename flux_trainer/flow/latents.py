@@ -108,7 +108,8 @@ class LatentSpace:
                 start, end = end, end + self.reference_tokens([x])
                 tokens[sample, start:end] = self.pack(x[None])[0]
                 height, width = x.shape[1:]
-                ids[sample, start:end] = self.image_ids(1, height, width, time=i * self.reference_time)
+                time = i * self.reference_time
+                ids[sample, start:end] = self.image_ids(1, height, width, like.device, time)
         return References(tokens, ids, counts)
 
     def reference_tokens(self, images: Sequence[Tensor]) -> int:

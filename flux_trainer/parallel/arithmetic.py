@@ -10,7 +10,7 @@ from typing import Literal
 
 from flux_trainer.config.pictures import reference_side
 from flux_trainer.config.problems import ConfigError
-from flux_trainer.config.schema import EIGHT_BIT_MULTIPLE, JobConfig, Parallelism, Training
+from flux_trainer.config.schema import EIGHT_BIT_MULTIPLE, JobConfig, Parallelism, Source, Training
 from flux_trainer.models.configs import ModelConfig
 from flux_trainer.models.flops import macs
 from flux_trainer.models.registry import FLAVORS
@@ -46,13 +46,27 @@ def tokens(config: JobConfig) -> tuple[int, int]:
 def has_references(config: JobConfig) -> bool:
     """Whether a source of training or validation names reference images."""
     sources = [*config.data.sources, *config.validation.sources]
-    return any(source.reference_key or source.reference_paths for source in sources)
+    return any(map(_refers, sources))
+
+
+def _refers(source: Source) -> bool:
+    return bool(source.reference_key or source.reference_paths)
 
 
 def reference_tokens(config: JobConfig) -> int:
     """The most that the reference images of a training sample come to."""
     side = reference_side(config.data, config.training.img_size)
-    return config.data.max_references * (side * side // 256) if has_references(config) else 0
+    most = config.data.max_references * (side * side // 256)
+    return most if any(map(_refers, config.data.sources)) else 0
+
+
+def reference_room(longest: int, most: int) -> int:
+    """Tokens for the references of a pipeline's samples, of which the longest has `longest`, out of `most`.
+
+    One of five lengths: for each the pipeline keeps a schedule with its buffers.
+    """
+    quarter = -(-most // 4)
+    return -(-longest // quarter) * quarter if longest else 0
 
 
 def global_batch_size(training: Training, groups: int) -> int:

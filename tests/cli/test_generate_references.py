@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +12,9 @@ from helpers.ranks import run_ranks
 from helpers.referring import write_referring
 
 from flux_trainer.cli.generate import plan
-from flux_trainer.config.load import ConfigError
+from flux_trainer.config.load import ConfigError, load_config
 from flux_trainer.config.pictures import Prompt, read_prompts
+from flux_trainer.config.toml import to_toml
 
 pytestmark = pytest.mark.usefixtures("flavor_of_the_run")
 
@@ -64,6 +66,12 @@ def test_every_reference_and_their_order_tell_in_the_picture(run, data, one_by_o
     assert np.array_equal(pictures(tmp_path / "same")[name], pictures(one_by_one)[name])
 
 
+def test_lines_end_where_lines_of_json_do(tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text('{"prompt": "one\u2028two"}\r\n\n{"prompt": "three", "references": null}', "utf-8-sig")
+    assert read_prompts(str(path)) == [Prompt("one\u2028two"), Prompt("three")]
+
+
 def test_references_of_a_line_are_relative_to_the_file(data):
     names = [str(data / f"reference{i}.png") for i in range(3)]
     assert read_prompts(str(data / "prompts.jsonl")) == [
@@ -79,6 +87,7 @@ def test_references_of_a_line_are_relative_to_the_file(data):
         ("a red apple", "line 2 is not JSON"),
         ('{"text": "a"}', 'line 2 has no "prompt"'),
         ('["a"]', 'line 2 has no "prompt"'),
+        ('{"prompt": "a", "reference": ["b.png"]}', 'line 2: unknown field "reference"'),
         ('{"prompt": "a", "references": [1]}', 'line 2: "references" is neither a path nor a list'),
     ],
 )
@@ -110,8 +119,16 @@ def test_behind_two_dashes_all_words_are_prompts(run):
     assert [r.prompt for r in order.requests] == ["a", "--reference"]
 
 
-def test_the_size_of_references_is_the_runs_if_it_had_any(run, data):
-    folder, flag = str(run[0] / "run"), f"--reference={data / 'reference0.png'}"
-    refers = ["--data.sources.0.type=jsonl", "--data.sources.0.reference_key=r", "--data.reference_size=48"]
-    sizes = [plan([folder, "a", flag, *more], 1)[1].inference.reference_size for more in ([], refers)]
-    assert sizes == [None, 48]
+def test_the_size_of_references_is_the_runs_if_it_had_any(run, data, tmp_path):
+    """As its config.toml says."""
+    copy, flag = tmp_path / "run", f"--reference={data / 'reference0.png'}"
+    shutil.copytree(run[0] / "run", copy)
+    assert plan([str(copy), "a", flag], 1)[1].inference.reference_size is None
+    source = ["--data.sources.0.type=jsonl", "--data.sources.0.reference_key=references"]
+    for more, size in (([], 16), (["--data.reference_size=48"], 48)):
+        config = load_config([f"--job.config_file={copy / 'config.toml'}", *source, *more])
+        (copy / "config.toml").write_text(to_toml(config))
+        assert plan([str(copy), "a", flag], 1)[1].inference.reference_size == size
+        assert (
+            plan([str(copy), "a", flag, "--inference.reference_size=64"], 1)[1].inference.reference_size == 64
+        )

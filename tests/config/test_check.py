@@ -1,5 +1,6 @@
 """Checks between keys and of the files that are named: each mistake with its sentence."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,8 @@ def folder(tmp_path, monkeypatch):
     for path in ("ae.safetensors", "pairs.jsonl", "prompts.txt"):
         Path(path).write_text("")
     Path("images").mkdir()
+    Path("bad.jsonl").write_text("a red apple")
+    Path("gone.jsonl").write_text(json.dumps({"prompt": "a", "references": ["gone.png"]}))
 
 
 def sound(*flags: str) -> list[str]:
@@ -305,6 +308,12 @@ def test_what_depends_on_the_number_of_ranks(flags, world_size, line):
             ["no such folder"],
         ),
         (["--validation.prompts_path=p.txt"], "validation.prompts_path", ["no such file"]),
+        (["--validation.prompts_path=bad.jsonl"], "validation.prompts_path", ["line 1 is not JSON"]),
+        (
+            ["--validation.prompts_path=gone.jsonl"],
+            "validation.prompts_path",
+            ["gone.png: no such reference"],
+        ),
         (
             ["--checkpoint.initial_load_path=step-5"],
             "checkpoint.initial_load_path",

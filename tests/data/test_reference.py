@@ -15,9 +15,9 @@ from flux_trainer.config.schema import Data, Source
 from flux_trainer.data.bad import BadSample, DataError
 from flux_trainer.data.image import decode
 from flux_trainer.data.loader import TrainLoader
-from flux_trainer.data.reference import kontext, read_reference, shrunk
+from flux_trainer.data.reference import kontext, load_reference, published_side, shrunk
 from flux_trainer.data.sampler import open_mixture
-from flux_trainer.data.samples import Batch, TrainSamples, ValidationSamples
+from flux_trainer.data.samples import Batch, TrainSamples, ValidationSamples, load
 from flux_trainer.data.sources import FolderSource, JsonlSource
 from flux_trainer.flow.rng import Purpose, uniform
 
@@ -45,7 +45,6 @@ def test_what_need_not_shrink_is_cut_at_the_centre():
     image = picture(0, (39, 21))
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
     assert torch.equal(shrunk(image, 64), pixels[:, 2:18, 3:35])
-    assert torch.equal(shrunk(image, 64, flip=True), pixels[:, 2:18, 3:35].flip(2))
 
 
 @pytest.mark.parametrize(
@@ -64,7 +63,6 @@ def test_sizes_of_kontexts_references(size, expected):
 
 
 def test_a_reference_that_is_no_image_or_too_thin_is_named(tmp_path):
-    read = {"family": "flux2", "side": 64, "max_pixels": 10_000}
     for name, image in (("thin.png", picture(0, (100, 15))), ("large.png", picture(0, (200, 100)))):
         image.save(tmp_path / name)
     (tmp_path / "none.png").write_bytes(b"rubbish")
@@ -74,18 +72,19 @@ def test_a_reference_that_is_no_image_or_too_thin_is_named(tmp_path):
         ("none.png", "no known image format"),
         ("missing.png", "No such file"),
     ):
-        with pytest.raises(DataError, match=rf"{name}.*{reason}"):
-            read_reference(str(tmp_path / name), 1, **read)
+        with pytest.raises(BadSample, match=rf"{name}.*{reason}"):
+            load_reference(str(tmp_path / name), 64, 10_000)
 
 
-def test_the_published_sizes_are_the_default(tmp_path):
-    picture(0, (2100, 2100)).save(tmp_path / "a.png")
+def test_the_published_sizes():
+    cases = [("flux2", 1), ("flux2", 2), ("flux1", 1)]
+    assert [published_side(*case) for case in cases] == [2024, 1024, None]
 
-    def side(count: int, family: str) -> int:
-        path = str(tmp_path / "a.png")
-        return read_reference(path, count, family=family, side=None, max_pixels=10**8).shape[1]
 
-    assert [side(1, "flux2"), side(2, "flux2"), side(1, "flux1")] == [2016, 1024, 1024]
+def test_a_file_is_brought_to_either_size(tmp_path):
+    picture(0, (210, 100)).save(tmp_path / "a.png")
+    assert load_reference(str(tmp_path / "a.png"), 64, 10**8).shape == (3, 32, 80)
+    assert load_reference(str(tmp_path / "a.png"), None, 10**8).shape == (3, 720, 1456)
 
 
 def expected_of(folder: Path, sample: int) -> list[torch.Tensor]:
@@ -162,17 +161,19 @@ def test_folders_of_the_same_names_are_references_in_order(tmp_path):
         (tmp_path / name).write_text("a caption")
     source = FolderSource(str(tmp_path / "a"), [str(tmp_path / "b"), str(tmp_path / "c")])
     named = {
-        source.files[i]: [Path(path).relative_to(tmp_path).as_posix() for _, path in source[i].references]
+        source.files[i]: [Path(path).relative_to(tmp_path).as_posix() for path in source[i].references]
         for i in range(2)
     }
     assert named == {"x/1.png": ["b/x/1.webp", "c/x/1.png"], "2.jpg": ["c/2.png"]}
-    assert source[0].references[0][0] == (tmp_path / "c/2.png").read_bytes()
     other = FolderSource(str(tmp_path / "a"), [str(tmp_path / "c"), str(tmp_path / "b")])
     plain = FolderSource(str(tmp_path / "a"))
     assert len({source.fingerprint, other.fingerprint, plain.fingerprint}) == 3
     (tmp_path / "d").mkdir()
     with pytest.raises(DataError, match=r"No image in .*d has the name of one in .*a"):
         FolderSource(str(tmp_path / "a"), [str(tmp_path / "d")])
+    picture(6).save(tmp_path / "c/2.webp")
+    with pytest.raises(DataError, match=r"c has several images for one name, of which one is 2\.png"):
+        FolderSource(str(tmp_path / "a"), [str(tmp_path / "c")])
 
 
 def test_jsonl_says_what_is_no_reference(tmp_path):
@@ -180,10 +181,21 @@ def test_jsonl_says_what_is_no_reference(tmp_path):
     lines = {
         '{"file_name": "0.png", "text": "a", "refs": 7}': "neither a path nor a list",
         '{"file_name": "0.png", "text": "a", "refs": ["0.png", 7]}': "neither a path nor a list",
-        '{"file_name": "0.png", "text": "a", "refs": "gone.png"}': r"gone\.png: No such file",
     }
     (tmp_path / "list.jsonl").write_text("\n".join(lines))
     source = JsonlSource(str(tmp_path / "list.jsonl"), "file_name", "text", "refs")
     for i, reason in enumerate(lines.values()):
         with pytest.raises(BadSample, match=reason):
             source[i]
+    with pytest.raises(DataError, match=r'Not one line of .*list\.jsonl has the field "reference"'):
+        JsonlSource(str(tmp_path / "list.jsonl"), "file_name", "text", "reference")
+
+
+def test_a_bad_reference_is_named_and_too_many_are_not_read(tmp_path, monkeypatch):
+    loaded = samples(tmp_path, max_references=2)
+    (tmp_path / "reference1.png").write_bytes(b"rubbish")
+    seen = [record for draw in range(7) for record in loaded.get(draw).bad]
+    assert any("reference1.png: corrupt image" in record.reason for record in seen)
+    monkeypatch.setattr("flux_trainer.data.reference.read", lambda path: pytest.fail(f"{path} was read"))
+    with pytest.raises(BadSample, match="3 reference images"):
+        load(loaded.mixture.sources[0], 3, loaded.limits)

@@ -5,10 +5,19 @@ import sys
 
 import pytest
 
+from flux_trainer.config.load import load_config
 from flux_trainer.config.problems import ConfigError
 from flux_trainer.config.schema import JobConfig, Parallelism, Training
 from flux_trainer.models.registry import FLAVORS
-from flux_trainer.parallel.arithmetic import check_heads, check_mesh, holds_weights, micro_batches, tokens
+from flux_trainer.parallel.arithmetic import (
+    check_heads,
+    check_mesh,
+    holds_weights,
+    micro_batches,
+    reference_room,
+    reference_tokens,
+    tokens,
+)
 
 
 def settings(flavor: str = "flux-dev", method: str = "auto", **degrees) -> JobConfig:
@@ -92,3 +101,24 @@ print(status, "torch" in sys.modules)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, text=True)
     assert "24 attention heads cannot be shared out evenly" in done.stderr
     assert done.stdout == "2 False\n"
+
+
+def test_a_pipeline_has_room_for_references_in_few_lengths():
+    for most in (1, 3, 4, 1000, 4096):
+        rooms = [reference_room(longest, most) for longest in range(most + 1)]
+        assert all(room >= longest for longest, room in enumerate(rooms))
+        assert len(set(rooms)) <= 5
+        assert rooms[0] == 0
+        assert max(rooms) < most + 4
+
+
+def test_references_are_counted_where_training_has_them():
+    flags = ["--data.sources.0.type=jsonl", "--data.max_references=3", "--training.img_size=256"]
+    key = "sources.0.reference_key=r"
+    assert reference_tokens(load_config(flags)) == 0
+    assert (
+        reference_tokens(load_config([*flags, f"--validation.{key}", "--validation.sources.0.type=jsonl"]))
+        == 0
+    )
+    assert reference_tokens(load_config([*flags, f"--data.{key}"])) == 3 * 256
+    assert reference_tokens(load_config([*flags, f"--data.{key}", "--data.reference_size=512"])) == 3 * 1024
