@@ -244,14 +244,22 @@ def _costs(p: Plan, mesh: Mesh | None, policy: str) -> dict[str, Cost]:
         pe = rope_table(torch.cat(_positions(p), dim=1), p.model.axes_dim, p.model.theta)
         txt_img = torch.cat((state[1], state[0]), dim=1).detach().requires_grad_()
         taken = {
-            "double_blocks": (*state[:2], *of_double, pe),
-            "single_blocks": (txt_img, *of_single, pe),
+            "double_blocks": (*state[:2], *of_double, pe, *_lengths(p)),
+            "single_blocks": (txt_img, *of_single, pe, *_lengths(p)),
         }
         found = {}
         for name, block in model.blocks():
             kind = name.split(".")[0]
             found[kind] = _block_cost(p, block, taken[kind])
         return found | {name: _end_cost(p, end, weights[name], state) for name, end in ends.items()}
+
+
+def _lengths(p: Plan) -> tuple[Tensor, ...]:
+    """`Shapes` of samples with different numbers of references: one has hardly less than the others' most."""
+    if not p.references or p.batch * p.sizes["pp"] == 1:
+        return ()
+    own = sum(p.local_tokens)
+    return tuple(torch.empty(0, *[own - (sample == 0)] * p.sizes["cp"]) for sample in range(p.batch))
 
 
 def _padded(p: Plan) -> int:

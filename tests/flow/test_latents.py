@@ -5,6 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from flux_trainer.flow.latents import FLUX1, FLUX2, SPACES
 
@@ -65,6 +67,21 @@ def test_kontexts_reference_has_bfls_positions():
     got = FLUX1.references([[torch.zeros(16, height, width)]], torch.zeros(0))
     assert got.counts == (GOLDEN["flux1.kontext.num_cond_tokens"].item(),)
     assert torch.equal(got.ids[:, ::37], GOLDEN["flux1.kontext.img_cond_seq_ids"])
+
+
+def test_references_are_made_where_the_latents_are():
+    """A copy from the host would make it wait for a GPU, once for each image."""
+    devices = set()
+
+    class Look(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            devices.update(x.device.type for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor))
+            return func(*args, **(kwargs or {}))
+
+    image = torch.zeros(128, 2, 3, device="meta")
+    with Look():
+        FLUX2.references([[image, image], [image]], image)
+    assert devices == {"meta"}
 
 
 def test_references_can_be_padded_further_and_there_may_be_none():

@@ -1,6 +1,5 @@
 """A parallel model computes what the plain one does: gradients in float64 against one process."""
 
-import sys
 from dataclasses import replace
 
 import pytest
@@ -12,6 +11,7 @@ from helpers.small_model import arguments, inputs, small, small2
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
+import flux_trainer.models.model
 from flux_trainer.config.schema import ActivationCheckpoint, Compile, Parallelism
 from flux_trainer.models.init import Normal
 from flux_trainer.models.model import FluxModel
@@ -286,7 +286,7 @@ def dtypes_on_a_rank(family: str) -> dict[str, set]:
         seen["weight"].add(block.img_attn.qkv.weight.dtype)
 
     model.double_blocks[0].register_forward_pre_hook(look)
-    module = sys.modules[model_class(model.config).__module__]
+    module = flux_trainer.models.model
     original = module.timestep_embedding
 
     def spy(t, *args):
