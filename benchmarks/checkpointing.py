@@ -31,7 +31,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import _disable_current_modes
 
-from flux_trainer.config.schema import ActivationCheckpoint, Compile
+from flux_trainer.config.compute import ActivationCheckpoint, Compile
 from flux_trainer.models import registry
 from flux_trainer.models.configs import ModelConfig
 from flux_trainer.models.flops import num_params

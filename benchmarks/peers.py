@@ -33,7 +33,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from flux_trainer.config.schema import Compile
+from flux_trainer.config.compute import Compile
 from flux_trainer.hub.families import family_of
 from flux_trainer.models.keys import Entries, Layout, shapes, sources
 from flux_trainer.models.layers import NORM_EPS

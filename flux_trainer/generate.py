@@ -19,8 +19,10 @@ from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from flux_trainer.checkpoint.errors import on_first
+from flux_trainer.config.compute import ActivationCheckpoint
 from flux_trainer.config.pictures import Order, Request, metadata
-from flux_trainer.config.schema import ActivationCheckpoint, JobConfig
+from flux_trainer.config.schema import JobConfig
+from flux_trainer.config.shared import of_pictures
 from flux_trainer.data.reference import published_side
 from flux_trainer.encoders.bundle import Codec
 from flux_trainer.encoders.choose import kind_of, text_encoders
@@ -54,12 +56,6 @@ from flux_trainer.velocity import Velocity, check_features, shared_encoder
 
 THUMBNAIL = 384  # pixels; longest side of a picture on the contact sheet
 
-SHARED: dict[str, Any] = {
-    **dict.fromkeys(("model", "encoder", "training", "parallelism"), True),
-    "inference": {"ema", "local_batch_size"},
-}
-"""The settings that all ranks must have in common, besides what is ordered."""
-
 
 def draw_pictures(order: Order, config: JobConfig) -> None:
     """Draw and write what is ordered, with all ranks of the world.
@@ -70,7 +66,7 @@ def draw_pictures(order: Order, config: JobConfig) -> None:
     set_deterministic(config.debug.seed, config.debug.deterministic)
     world = init_distributed(config.comm.init_timeout_seconds, config.comm.machine_timeout_seconds)
     ordered = {f"picture {i}": asdict(r) for i, r in enumerate(order.requests, 1)}
-    check_agreement({**config.model_dump(mode="json", include=SHARED), **ordered}, world)
+    check_agreement({**of_pictures(config), **ordered}, world)
     mesh = build_mesh(config.parallelism, world.size, world.device.type, config.comm.init_timeout_seconds)
     peers.introduce(mesh.place(STAGES_PER_RANK[config.parallelism.pipeline_parallel_schedule]))
     group = data_group(mesh, world)

@@ -22,6 +22,7 @@ from flux_trainer.checkpoint.commit import step_folder
 from flux_trainer.checkpoint.identity import identity
 from flux_trainer.checkpoint.manager import CheckpointManager
 from flux_trainer.config.schema import JobConfig
+from flux_trainer.config.shared import of_a_run
 from flux_trainer.config.toml import to_toml
 from flux_trainer.data.bad import BadSamples
 from flux_trainer.data.loader import TrainLoader
@@ -57,13 +58,6 @@ from flux_trainer.runtime.files import write_text
 from flux_trainer.runtime.log import logger
 from flux_trainer.runtime.signals import StopFlag
 
-# Settings in which machines may differ: names, profiles, and how many workers read data.
-OF_A_MACHINE: dict[str, Any] = {
-    "job": True,
-    "profiling": True,
-    "data": {"num_workers", "prefetch_factor"},
-}
-
 
 class Trainer(ABC):
     """Builds the parts of a run from its settings, trains, and leaves everything below `job.dump_folder`.
@@ -78,8 +72,7 @@ class Trainer(ABC):
         set_deterministic(config.debug.seed, config.debug.deterministic)
         patience = config.comm.init_timeout_seconds
         self.world = init_distributed(patience, config.comm.machine_timeout_seconds)
-        settings = config.model_dump(mode="json", exclude=OF_A_MACHINE)
-        check_agreement({**settings, "torch's version": torch.__version__}, self.world)
+        check_agreement({**of_a_run(config), "torch's version": torch.__version__}, self.world)
         self.device = self.world.device
         self.mesh = build_mesh(config.parallelism, self.world.size, self.device.type, patience)
         self.world.set_timeout(patience)  # of FSDP's groups, too
@@ -123,13 +116,11 @@ class Trainer(ABC):
         self.optimizer = build_optimizer(
             self.parameters.items(), config.optimizer, seed=config.debug.seed, layouts=self.layouts
         )
-        self.in_backward: StepInBackward | None = None
-        if config.optimizer.in_backward:
-            self.in_backward = StepInBackward(self.optimizer, self.parameters.items())
+        at_once = config.optimizer.in_backward
+        self.in_backward = StepInBackward(self.optimizer, self.parameters.items()) if at_once else None
         self.guard = Guard(training.spike_factor, self.device)
-        self.ema: EMA | None = None
-        if config.ema.enable:
-            self.ema = EMA(self.parameters.items(), config.ema.half_life, config.ema.rampup_ratio)
+        ema = config.ema
+        self.ema = EMA(self.parameters.items(), ema.half_life, ema.rampup_ratio) if ema.enable else None
         self.checkpoints = CheckpointManager(config.checkpoint, self.dump_folder, self.world, self.layouts)
         self.restore(distributions)
 
@@ -174,8 +165,7 @@ class Trainer(ABC):
 
     @abstractmethod
     def loss(self, output: Tensor, micro_batch: Any) -> Tensor:
-        """The share of the loss of what the model made of a micro-batch; the shares of all ranks add up to
-        the global batch's."""
+        """The loss of what the model made of a micro-batch: all ranks' add up to the global batch's."""
 
     @abstractmethod
     def work(self, micro_batch: Any) -> tuple[int, int]:
@@ -294,12 +284,11 @@ class Trainer(ABC):
         bad = self.bad_samples
         share = loss.item() if self.mesh.coordinates["tp"] == 0 else 0.0  # tp ranks compute the same loss
         work = self.meter.work if self.mesh.rank(*SHARED) == 0 else (0, 0)
-        sums = [share, bad.bad_draws, bad.draws, *work]
-        total_loss, bad_draws, draws, *work_of_all = self.world.sum(sums)
+        loss_of_all, bad_draws, draws, *work_of_all = self.world.sum([share, bad.bad_draws, bad.draws, *work])
         reading = self.meter.read(
             self.step,
             {
-                "loss": total_loss,
+                "loss": loss_of_all,
                 "grad_norm": grad_norm,
                 "lr": lr,
                 "samples_seen": self.samples_seen,

@@ -23,7 +23,7 @@ from importlib.util import find_spec
 import torch
 from torch import nn
 
-from flux_trainer.config.schema import EIGHT_BIT_MULTIPLE, Quantize
+from flux_trainer.config.compute import EIGHT_BIT_MULTIPLE, Quantize
 from flux_trainer.runtime.log import logger
 
 _CAPABILITY = {"float8": (8, 9), "float8_rowwise": (9, 0), "mxfp8": (10, 0)}

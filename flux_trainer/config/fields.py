@@ -13,7 +13,8 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic.fields import FieldInfo
 
 from flux_trainer.config import toml
-from flux_trainer.config.schema import JobConfig, Section
+from flux_trainer.config.schema import JobConfig
+from flux_trainer.config.section import Section
 
 Path = tuple[str, ...]
 

@@ -10,7 +10,8 @@ from pydantic.fields import FieldInfo
 from flux_trainer.config import toml
 from flux_trainer.config.fields import describe, section_in
 from flux_trainer.config.problems import ConfigError, unknown_key
-from flux_trainer.config.schema import JobConfig, Section
+from flux_trainer.config.schema import JobConfig
+from flux_trainer.config.section import Section
 
 _WIDTH = 110
 _COLUMN = 48

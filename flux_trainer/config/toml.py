@@ -10,7 +10,8 @@ import re
 import sys
 from typing import Any
 
-from flux_trainer.config.schema import JobConfig, Section
+from flux_trainer.config.schema import JobConfig
+from flux_trainer.config.section import Section
 
 if sys.version_info >= (3, 11):
     import tomllib

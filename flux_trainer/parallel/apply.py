@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from flux_trainer.adapters.quantize import quantize_linears
-from flux_trainer.config.schema import ActivationCheckpoint, Compile, Parallelism, Quantize
+from flux_trainer.config.compute import ActivationCheckpoint, Compile, Parallelism, Quantize
 from flux_trainer.models.model import FluxModel
 from flux_trainer.parallel.arithmetic import check_heads, context_method, cuts, holds_weights
 from flux_trainer.parallel.cast import read_as

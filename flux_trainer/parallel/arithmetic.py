@@ -8,9 +8,10 @@ from __future__ import annotations
 from math import prod
 from typing import Literal
 
+from flux_trainer.config.compute import EIGHT_BIT_MULTIPLE, Parallelism
 from flux_trainer.config.pictures import reference_side
 from flux_trainer.config.problems import ConfigError
-from flux_trainer.config.schema import EIGHT_BIT_MULTIPLE, JobConfig, Parallelism, Source, Training
+from flux_trainer.config.schema import JobConfig, Source, Training
 from flux_trainer.models.configs import ModelConfig
 from flux_trainer.models.flops import macs
 from flux_trainer.models.registry import FLAVORS

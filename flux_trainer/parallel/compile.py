@@ -16,7 +16,7 @@ import torch
 import torch._dynamo
 from torch import Tensor, nn
 
-from flux_trainer.config.schema import Compile
+from flux_trainer.config.compute import Compile
 
 
 def compile_blocks(blocks: Iterable[nn.Module], section: Compile) -> None:

@@ -19,7 +19,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from flux_trainer.config.schema import ActivationCheckpoint, JobConfig, Parallelism
+from flux_trainer.config.compute import ActivationCheckpoint, Parallelism
+from flux_trainer.config.schema import JobConfig
 from flux_trainer.flow.loss import flow_loss
 from flux_trainer.models import registry
 from flux_trainer.models.attention import rope_table

@@ -40,7 +40,7 @@ from dataclasses import dataclass
 
 import torch
 
-from flux_trainer.config.schema import ActivationCheckpoint
+from flux_trainer.config.compute import ActivationCheckpoint
 from flux_trainer.parallel.estimate import Costs, Part, Plan
 from flux_trainer.parallel.remat import policies
 from flux_trainer.parallel.stages import STAGES_PER_RANK

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-from flux_trainer.config.schema import Parallelism
+from flux_trainer.config.compute import Parallelism
 from flux_trainer.parallel.arithmetic import degrees
 from flux_trainer.runtime.dist import World
 

@@ -32,7 +32,7 @@ from torch import nn
 from torch._functorch import config as functorch_config
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from flux_trainer.config.schema import ActivationCheckpoint
+from flux_trainer.config.compute import ActivationCheckpoint
 from flux_trainer.parallel.context import COLLECTIVES
 from flux_trainer.parallel.offload import Offload
 

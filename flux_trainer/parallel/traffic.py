@@ -26,7 +26,7 @@ from collections.abc import Sequence
 
 import torch
 
-from flux_trainer.config.schema import ActivationCheckpoint
+from flux_trainer.config.compute import ActivationCheckpoint
 from flux_trainer.parallel.arithmetic import context_method
 from flux_trainer.parallel.estimate import Part, Plan
 from flux_trainer.parallel.remat import policies

@@ -10,7 +10,7 @@ from helpers.small_model import arguments, small, small2
 from helpers.tiny_run import train
 
 from flux_trainer.adapters.quantize import chosen, quantize_linears
-from flux_trainer.config.schema import ActivationCheckpoint, Compile, Quantize
+from flux_trainer.config.compute import ActivationCheckpoint, Compile, Quantize
 from flux_trainer.models.layers import FusedLinear
 from flux_trainer.models.registry import model_class
 from flux_trainer.parallel.compile import compile_blocks

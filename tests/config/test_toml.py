@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flux_trainer.config.load import load_config
-from flux_trainer.config.schema import Data, JobConfig, Section, Source, Validation
+from flux_trainer.config.schema import Data, JobConfig, Source, Validation
+from flux_trainer.config.section import Section
 from flux_trainer.config.toml import to_toml
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]))

@@ -8,7 +8,7 @@ import torch._dynamo
 from helpers.small_model import arguments, small, small2
 from torch._dynamo.utils import counters
 
-from flux_trainer.config.schema import ActivationCheckpoint, Compile
+from flux_trainer.config.compute import ActivationCheckpoint, Compile
 from flux_trainer.models.attention import attention
 from flux_trainer.models.registry import model_class
 from flux_trainer.parallel.compile import compile_blocks

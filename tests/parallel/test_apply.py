@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
 import flux_trainer.models.model
-from flux_trainer.config.schema import ActivationCheckpoint, Compile, Parallelism
+from flux_trainer.config.compute import ActivationCheckpoint, Compile, Parallelism
 from flux_trainer.models.init import Normal
 from flux_trainer.models.model import FluxModel
 from flux_trainer.models.registry import model_class

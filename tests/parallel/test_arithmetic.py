@@ -5,9 +5,10 @@ import sys
 
 import pytest
 
+from flux_trainer.config.compute import Parallelism
 from flux_trainer.config.load import load_config
 from flux_trainer.config.problems import ConfigError
-from flux_trainer.config.schema import JobConfig, Parallelism, Training
+from flux_trainer.config.schema import JobConfig, Training
 from flux_trainer.models.registry import FLAVORS
 from flux_trainer.parallel.arithmetic import (
     check_heads,

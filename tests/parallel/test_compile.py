@@ -11,7 +11,7 @@ import torch
 from helpers.small_model import arguments, small, small2
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from flux_trainer.config.schema import ActivationCheckpoint, Compile
+from flux_trainer.config.compute import ActivationCheckpoint, Compile
 from flux_trainer.models.registry import model_class
 from flux_trainer.parallel.compile import compile_blocks
 from flux_trainer.parallel.offload import Offload

@@ -15,8 +15,9 @@ from helpers.ranks import run_ranks
 from helpers.small_model import inputs
 from torch import Tensor
 
+from flux_trainer.config.compute import ActivationCheckpoint, Parallelism
 from flux_trainer.config.load import load_config
-from flux_trainer.config.schema import ActivationCheckpoint, JobConfig, Parallelism, Source
+from flux_trainer.config.schema import JobConfig, Source
 from flux_trainer.flow.loss import flow_loss
 from flux_trainer.models import registry
 from flux_trainer.models.flops import num_params

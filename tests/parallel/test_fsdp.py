@@ -6,7 +6,7 @@ from helpers.fake_world import fake_world
 from helpers.sent import Sent
 from torch import nn
 
-from flux_trainer.config.schema import Parallelism
+from flux_trainer.config.compute import Parallelism
 from flux_trainer.parallel.fsdp import shard
 from flux_trainer.parallel.mesh import build_mesh
 

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from helpers.ranks import run_ranks
 
-from flux_trainer.config.schema import Parallelism
+from flux_trainer.config.compute import Parallelism
 from flux_trainer.parallel.arithmetic import degrees
 from flux_trainer.parallel.mesh import DIMENSIONS, Mesh, build_mesh
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from flux_trainer.config.schema import ActivationCheckpoint, Compile, Parallelism
+from flux_trainer.config.compute import ActivationCheckpoint, Compile, Parallelism
 from flux_trainer.models.flops import macs
 from flux_trainer.models.init import Normal
 from flux_trainer.models.model import FluxModel

@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from flux_trainer.config.schema import ActivationCheckpoint, Compile
+from flux_trainer.config.compute import ActivationCheckpoint, Compile
 from flux_trainer.models.attention import rope_table
 from flux_trainer.models.model import FluxModel
 from flux_trainer.models.registry import model_class

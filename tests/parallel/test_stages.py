@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 from torch.distributed.pipelining.schedules import PipelineScheduleMulti, get_schedule_class
 
-from flux_trainer.config.schema import Parallelism
+from flux_trainer.config.compute import Parallelism
 from flux_trainer.models.registry import FLAVORS
 from flux_trainer.parallel.arithmetic import cuts
 from flux_trainer.parallel.stages import STAGES_PER_RANK, check_micro_batches, spans

@@ -10,7 +10,7 @@ from helpers.small_model import arguments, small, small2
 from torch.distributed.device_mesh import init_device_mesh
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from flux_trainer.config.schema import ActivationCheckpoint, Compile
+from flux_trainer.config.compute import ActivationCheckpoint, Compile
 from flux_trainer.models.init import Normal
 from flux_trainer.models.layers import QKNorm
 from flux_trainer.models.registry import model_class
