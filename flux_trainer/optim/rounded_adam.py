@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import torch._dynamo
 from torch import Tensor, nn
 
 from flux_trainer.optim.rounding import keys, mix, round_to_bfloat16, word
@@ -68,8 +67,10 @@ class RoundedAdam(torch.optim.Optimizer):
         self.betas = betas
         self.update = _update_rule(*betas, eps)
         if compiled:
+            from torch._dynamo import config as compiler  # half a second: not for who compiles nothing
+
             # Kinds of parameters: by dtypes, and whether a length is 1.
-            torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+            compiler.recompile_limit = max(compiler.recompile_limit, 64)
             self.update = torch.compile(self.update, fullgraph=True, dynamic=True)
         self.pieces = {
             p: _pieces(p, name, seed, layouts, None if compiled else CHUNK) for p, name in names.items()

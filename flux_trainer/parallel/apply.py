@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -18,10 +19,12 @@ from flux_trainer.parallel.context import ContextParallel
 from flux_trainer.parallel.fsdp import shard
 from flux_trainer.parallel.mesh import Mesh
 from flux_trainer.parallel.offload import Offload
-from flux_trainer.parallel.pipeline import Pipeline
 from flux_trainer.parallel.remat import apply_checkpointing, apply_memory_budget
 from flux_trainer.parallel.tensor import tensor_parallel
 from flux_trainer.runtime.layout import Layout
+
+if TYPE_CHECKING:
+    from flux_trainer.parallel.pipeline import Pipeline
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,8 @@ def parallelize(
     check_heads(model.config, mesh.size("tp"))
     pipeline = None
     if mesh.pp:
+        from flux_trainer.parallel.pipeline import Pipeline  # brings torch's compiler: half a second
+
         pipeline = Pipeline(
             model,
             cuts(model.config, tokens, parallelism),

@@ -13,7 +13,6 @@ from types import FunctionType, MethodType
 from typing import Any
 
 import torch
-import torch._dynamo
 from torch import Tensor, nn
 
 from flux_trainer.config.compute import Compile
@@ -25,8 +24,10 @@ def compile_blocks(blocks: Iterable[nn.Module], section: Compile) -> None:
     What has replaced `forward` before (checkpointing) is left out where there are no gradients.
     """
     if section.enable and "model" in section.components:
+        from torch._dynamo import config as compiler  # half a second: not for who compiles nothing
+
         # Every image size, and training apart from validation, is a graph of its own; torch's 8 would be few.
-        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+        compiler.recompile_limit = max(compiler.recompile_limit, 64)
         for index, block in enumerate(blocks):
             plain = MethodType(_namesake(type(block).forward), block)
             train, infer = (

@@ -1,4 +1,5 @@
-"""Help within half a second and a wrong key within one: whole processes, and none imports torch."""
+"""Help within half a second and a wrong key within one: whole processes, and none imports torch. Those that
+have no use for torch's compiler do without it: another half a second."""
 
 import os
 import resource
@@ -44,6 +45,19 @@ from flux_trainer.cli.main import main
 assert main(["config", "--data.sources.0.type", "hf", "--metrics.enable_wandb", "--training.stepz", "3"]) == 2
 assert main(["config", "--data.sources.0.type", "hf", "--metrics.enable_wandb"]) == 2
 print(sorted({"torch", "numpy", "transformers", "PIL", "datasets"} & set(sys.modules)))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, text=True)
+    assert done.stdout == "[]\n"
+
+
+def test_neither_training_nor_drawing_waits_for_pipelines_or_the_compiler():
+    code = """
+import sys
+import torch.distributed.checkpoint, torch.distributed.fsdp, torch.distributed.tensor
+torchs = set(sys.modules)  # other versions of torch may import more of their own accord
+import flux_trainer.flux, flux_trainer.generate
+print(sorted({"torch._dynamo", "torch.distributed.pipelining", "transformers", "tensorboard"}
+             & (set(sys.modules) - torchs)))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, text=True)
     assert done.stdout == "[]\n"
