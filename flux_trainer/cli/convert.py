@@ -20,11 +20,17 @@ def main(argv: Sequence[str]) -> int:
     if args.source_missing:
         print(f"flux-trainer convert: there is no file or folder {args.source.absolute()}", file=sys.stderr)
         return 2
-    signal.signal(signal.SIGTERM, _interrupt)
-    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup's wish
-        signal.signal(signal.SIGHUP, _interrupt)
+    asked: list[int] = []
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        asked.append(number)  # C code may swallow the exception, or take it for a mistake of ours
+        raise KeyboardInterrupt
+
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:  # nohup's wish
+            signal.signal(number, interrupt)
     try:
-        return _convert(args)
+        return _convert(args, asked)
     except KeyboardInterrupt:
         print(f"\nInterrupted: {args.target} was not written.", file=sys.stderr)
         return 130
@@ -62,7 +68,8 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     return args
 
 
-def _convert(args: argparse.Namespace) -> int:
+def _convert(args: argparse.Namespace, asked: Sequence[int]) -> int:
+    """`asked`: signals that have asked to stop."""
     import torch
 
     from flux_trainer.checkpoint.errors import CheckpointError
@@ -86,16 +93,18 @@ def _convert(args: argparse.Namespace) -> int:
                 verify(place.path)
 
         def show(done: int, total: int) -> None:
+            if asked:
+                raise KeyboardInterrupt
             progress.show(done, total, f"{done / 1e9:.3g} of {total / 1e9:.3g} GB")
 
         convert(weights, args.target, args.to, dtype, overwrite=args.overwrite, progress=show, before=check)
         progress.close()
-    except (CheckpointError, OSError, ValueError) as error:
+    except (CheckpointError, OSError, ValueError, TypeError) as error:
+        if asked:
+            raise KeyboardInterrupt from error
+        if isinstance(error, TypeError):
+            raise
         print(f"flux-trainer convert: {error}", file=sys.stderr)
         return 1
     print(f"{args.target}: written ({args.to})", file=sys.stderr)
     return 0
-
-
-def _interrupt(number: int, frame: FrameType | None) -> None:
-    raise KeyboardInterrupt

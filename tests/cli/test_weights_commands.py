@@ -178,7 +178,10 @@ import sys, time
 from flux_trainer.hub import write
 copy = write._copy
 def slow(*args):
-    time.sleep(0.05)
+    try:
+        time.sleep(0.05)
+    except KeyboardInterrupt:  # as C code may
+        pass
     return copy(*args)
 write._copy = slow
 from flux_trainer.cli.main import main

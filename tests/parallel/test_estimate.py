@@ -439,7 +439,7 @@ def on_a_stage(flavor: str) -> tuple[Memory, int]:
 @pytest.mark.parametrize("flavor", ["flux-tiny", "flux2-tiny"])
 def test_the_peak_of_a_pipeline_is_near_a_measured_one(flavor):
     for estimate, found in run_ranks(2, on_a_stage, flavor):
-        assert_near(estimate, found)
+        assert_near(estimate, found, 0.03)
 
 
 def test_a_model_that_cannot_be_shared_out_is_refused():
