@@ -46,6 +46,9 @@ class NoEncoders:
         self.text_length = tokens(config)[1]
         self.text = SimpleNamespace(txt_dim=self.model.context_in_dim, vec_dim=self.model.vec_in_dim)
 
+    def encode_images(self, images):
+        raise AssertionError("no prompt refers to an image")
+
     def encode(self, images, ids, drop_t5, drop_clip, noise=None, references=()) -> Encoded:
         size, _, height, width = images.shape
         dtype = getattr(torch, self.section.dtype)
