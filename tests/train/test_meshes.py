@@ -75,13 +75,11 @@ def method(name: str) -> dict[str, str]:
 ROWS = [
     Row(shard=2),
     Row(shard=2, replicate=2),
-    *(Row(cp=cp, more=method(name)) for cp in (2, 4) for name in ("ulysses", "ring", "allgather")),
+    Row(cp=2, more=method("ring")),
+    Row(cp=4, more=method("ulysses")),
     Row(shard=2, cp=2),
-    Row(shard=2, replicate=2, cp=2),
-    Row(tp=2),
     Row(shard=2, tp=2),
     Row(cp=2, tp=2),
-    Row(pp=2),
     Row(pp=2, shard=2),
     Row(shard=2, cp=2, more=FLUX2),
     Row(tp=2, more=FLUX2),
@@ -90,6 +88,11 @@ ROWS = [
 INTERLEAVED = {"parallelism.pipeline_parallel_schedule": "Interleaved1F1B"}
 # In float64 alone, which tells the most.
 MORE_ROWS = [
+    *(Row(cp=2, more=method(name)) for name in ("ulysses", "allgather")),
+    *(Row(cp=4, more=method(name)) for name in ("ring", "allgather")),
+    Row(shard=2, replicate=2, cp=2),
+    Row(tp=2),
+    Row(pp=2),
     Row(replicate=2),
     Row(cp=3),  # neither tokens nor heads divide
     Row(tp=4),
