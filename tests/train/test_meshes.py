@@ -89,7 +89,7 @@ INTERLEAVED = {"parallelism.pipeline_parallel_schedule": "Interleaved1F1B"}
 # In float64 alone, which tells the most.
 MORE_ROWS = [
     *(Row(cp=2, more=method(name)) for name in ("ulysses", "allgather")),
-    *(Row(cp=4, more=method(name)) for name in ("ring", "allgather")),
+    Row(cp=4, more=method("ring")),
     Row(shard=2, replicate=2, cp=2),
     Row(tp=2),
     Row(pp=2),
@@ -108,7 +108,7 @@ MORE_ROWS = [
     Row(cp=2, more=FLUX2),
     Row(pp=2, cp=2, more=FLUX2),
     Row(shard=2, more=FLUX2, refers=True),
-    *(Row(cp=2, more=method(name), refers=True) for name in ("ulysses", "ring", "allgather")),
+    *(Row(cp=2, more=method(name), refers=True) for name in ("ulysses", "ring")),
     Row(tp=2, cp=2, more=FLUX2, refers=True),
     Row(pp=2, more=FLUX2, refers=True),
     Row(pp=2, cp=2, refers=True),
