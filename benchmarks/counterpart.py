@@ -1,5 +1,6 @@
 """diffusers' half of the comparison: transformer, autoencoder and pipeline of a FLUX, called as ours are."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from flux_trainer.hub.weights import open_weights
 Features = dict[str, TextFeatures]
 
 
-class Counterpart:
+class Counterpart(ABC):
     """What is the same for all families."""
 
     space: LatentSpace
@@ -118,17 +119,17 @@ class Counterpart:
     def stack(self, features: Features, texts: list[str], what: str) -> Tensor:
         return torch.stack([getattr(features[text], what) for text in texts]).to(self.dtype)
 
+    @abstractmethod
     def normalised(self, z: Tensor) -> Tensor:
         """Latents of the autoencoder's own."""
-        raise NotImplementedError
 
+    @abstractmethod
     def denormalised(self, latents: Tensor) -> Tensor:
         """The inverse of `normalised`."""
-        raise NotImplementedError
 
+    @abstractmethod
     def words(self, requests: Sequence[Request], features: Features, noise: Tensor) -> dict[str, Any]:
         """Noise, text and guidance, as the pipeline calls them."""
-        raise NotImplementedError
 
 
 class Flux1(Counterpart):

@@ -62,8 +62,8 @@ class Velocity:
         if references:
             lengths = self._lengths(txt.shape[1], img.shape[1], references)
         if context := self.parallel.context:
-            padded = -(-references.tokens.shape[1] // context.size) * context.size if references else 0
-            context.begin(txt.shape[1], img.shape[1], padded)
+            room = context.padded(references.tokens.shape[1]) if references else 0
+            context.begin(txt.shape[1], img.shape[1], room)
             img, img_ids, txt, txt_ids = context.split(img, img_ids, txt, txt_ids)
         if references:
             tokens, ids = references.tokens, references.ids  # [B, R, .]

@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from flux_trainer.config.pictures import reference_side
 from flux_trainer.config.schema import JobConfig, Source
 from flux_trainer.models.registry import FLAVORS
 
@@ -16,15 +17,20 @@ _DRAWN_BY = ("img_size", "classifier_free_guidance_prob", "classifier_free_guida
 
 def identity(config: JobConfig, global_batch_size: int) -> dict[str, Any]:
     """The settings that a resumed run must share with the one that wrote the checkpoint."""
-    text_length = FLAVORS[config.model.flavor].text_length
+    text_length, data = FLAVORS[config.model.flavor].text_length, config.data
+    of_references = {
+        "data.max_references": data.max_references,
+        "data.reference_size": reference_side(data, config.training.img_size),
+    }
     return {
         "model": config.model.model_dump(),
         "debug.seed": config.debug.seed,
-        "data.sources": [_source(source) for source in config.data.sources],
+        "data.sources": [_source(source) for source in data.sources],
         "training.global_batch_size": global_batch_size,
-        **{f"data.{key}": getattr(config.data, key) for key in ("crop", "flip_prob")},
+        **{f"data.{key}": getattr(data, key) for key in ("crop", "flip_prob")},
         **{f"training.{key}": getattr(config.training, key) for key in _DRAWN_BY},
         f"encoder.{text_length}": getattr(config.encoder, text_length),
+        **(of_references if any(source.refers for source in data.sources) else {}),
     }
 
 

@@ -106,6 +106,11 @@ class Source(Section):
     size: PositiveInt = 1024
     """Number of samples of a synthetic source."""
 
+    @property
+    def refers(self) -> bool:
+        """Whether samples may have reference images."""
+        return bool(self.reference_key or self.reference_paths)
+
 
 class Data(Section):
     sources: list[Source] = Field(default_factory=list)

@@ -11,7 +11,7 @@ from typing import Literal
 from flux_trainer.config.compute import EIGHT_BIT_MULTIPLE, Parallelism
 from flux_trainer.config.pictures import reference_side
 from flux_trainer.config.problems import ConfigError
-from flux_trainer.config.schema import JobConfig, Source, Training
+from flux_trainer.config.schema import JobConfig, Training
 from flux_trainer.models.configs import ModelConfig
 from flux_trainer.models.flops import macs
 from flux_trainer.models.registry import FLAVORS
@@ -47,18 +47,14 @@ def tokens(config: JobConfig) -> tuple[int, int]:
 def has_references(config: JobConfig) -> bool:
     """Whether a source of training or validation names reference images."""
     sources = [*config.data.sources, *config.validation.sources]
-    return any(map(_refers, sources))
-
-
-def _refers(source: Source) -> bool:
-    return bool(source.reference_key or source.reference_paths)
+    return any(source.refers for source in sources)
 
 
 def reference_tokens(config: JobConfig) -> int:
     """The most that the reference images of a training sample come to."""
     side = reference_side(config.data, config.training.img_size)
     most = config.data.max_references * (side * side // 256)
-    return most if any(map(_refers, config.data.sources)) else 0
+    return most if any(source.refers for source in config.data.sources) else 0
 
 
 def reference_room(longest: int, most: int) -> int:

@@ -78,12 +78,16 @@ class ContextParallel:
         """This rank's tokens of each stream [B, L, ...]: views [B, L_r, ...]."""
         return tuple(x.tensor_split(self.size, dim=1)[self.rank] for x in streams)
 
+    def padded(self, length: int) -> int:
+        """The next multiple of the number of ranks: a length that `split_padded` shares out evenly."""
+        return shares(length, self.size)[0] * self.size
+
     def split_padded(self, counts: Sequence[int], *streams: Tensor) -> tuple[Tensor, ...]:
         """This rank's share of each sample's own tokens, the first `counts[i]` of L, of streams [B, L, ...]:
         [B, ceil(L / W), ...], with zeros behind them. Shares are as even as `split`'s, padding has none."""
         parts = []
         for x in streams:
-            part = x.new_zeros(x.shape[0], -(-x.shape[1] // self.size), *x.shape[2:])
+            part = x.new_zeros(x.shape[0], self.padded(x.shape[1]) // self.size, *x.shape[2:])
             for i, count in enumerate(counts):
                 own = x[i, :count].tensor_split(self.size)[self.rank]
                 part[i, : len(own)] = own

@@ -135,7 +135,7 @@ def plan(config: JobConfig, world_size: int) -> Plan:
     sizes = degrees(config.parallelism, world_size)
     count = micro_batches(config.training, prod(sizes[name] for name in DATA))
     (image, text), references, cp = tokens(config), reference_tokens(config), sizes["cp"]
-    local = (shares(image, cp)[0] + ceil(references / cp), shares(text, cp)[0])
+    local = (shares(image, cp)[0] + shares(references, cp)[0], shares(text, cp)[0])
     model = registry.FLAVORS[config.model.flavor]
     return Plan(config, model, sizes, count, (image + references, text), references, local)
 
@@ -234,7 +234,7 @@ def _costs(p: Plan, mesh: Mesh | None, policy: str) -> dict[str, Cost]:
         tensor_parallel(model.blocks(), mesh.tp)
     blocks = [block for _, block in model.blocks()]
     if mesh and (context := context_parallel(p.config.parallelism, mesh, p.model.num_heads)):
-        context.begin(p.tokens[1], p.tokens[0] - p.references, _padded(p))
+        context.begin(p.tokens[1], p.tokens[0] - p.references, context.padded(p.references))
         share_attention(blocks, context)
     mode = "selective" if policy == "op" else policy
     apply_checkpointing(model.blocks(), ActivationCheckpoint.model_validate({"mode": mode}))
@@ -261,11 +261,6 @@ def _lengths(p: Plan) -> tuple[Tensor, ...]:
         return ()
     own = sum(p.local_tokens)
     return tuple(torch.empty(0, *[own - (sample == 0)] * p.sizes["cp"]) for sample in range(p.batch))
-
-
-def _padded(p: Plan) -> int:
-    """Tokens of references, with what makes them divide evenly."""
-    return ceil(p.references / p.sizes["cp"]) * p.sizes["cp"]
 
 
 def _present(p: Plan, module: nn.Module) -> list[Tensor]:
@@ -325,7 +320,7 @@ def _block_cost(p: Plan, block: nn.Module, taken: tuple[Tensor, ...]) -> Cost:
 
 def _end_cost(p: Plan, end: FluxModel, weights: list[Tensor], state: State) -> Cost:
     inputs = _inputs(p)
-    length = p.local_tokens[0] - ceil(p.references / p.sizes["cp"])
+    length = p.local_tokens[0] - shares(p.references, p.sizes["cp"])[0]
     target = torch.empty(p.batch, length, p.model.out_channels, dtype=inputs["image"].dtype)
 
     def run() -> Sequence[Tensor]:

@@ -10,7 +10,7 @@ so the device holds what two blocks keep, and what the last block keeps never le
 through a stream of their own and pinned memory; elsewhere they are plain ones.
 
 What is kept is counted in storages: views of one tensor travel together. Some stays: parameters, which live
-anyway; positions, the last argument, which all blocks share; and what is small.
+anyway; positions, which all blocks share; and what is small.
 """
 
 from __future__ import annotations
@@ -163,7 +163,8 @@ class Offload:
         if args[0].is_cuda and self.stream is None:
             self.stream = torch.cuda.Stream(args[0].device)
         last = self.group
-        self.group = Group(last if index else None, (*block.parameters(), args[-1]), self.stream)
+        positions = next(x for x in reversed(args) if len(x))  # behind them are lengths: empty tensors
+        self.group = Group(last if index else None, (*block.parameters(), positions), self.stream)
         with saved_tensors_hooks(self.group.pack, self.group.unpack):
             out = forward(*args)
         if last is not None:

@@ -16,7 +16,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from flux_trainer.config.compute import ActivationCheckpoint, Compile
-from flux_trainer.models.attention import rope_table
+from flux_trainer.models.attention import Lengths, rope_table
 from flux_trainer.models.model import FluxModel
 from flux_trainer.models.registry import model_class
 from flux_trainer.parallel import offload
@@ -64,11 +64,14 @@ def build(
     return model
 
 
-def gradients(model: FluxModel, image: int = IMAGE, count: Ops | None = None) -> dict[str, torch.Tensor]:
+def gradients(
+    model: FluxModel, image: int = IMAGE, count: Ops | None = None, lengths: Lengths | None = None
+) -> dict[str, torch.Tensor]:
     """Counts the operators of backward in `count`."""
     parameter = next(model.parameters())
     given = arguments(model.config, BATCH, image=image, text=TEXT, dtype=parameter.dtype)
-    loss = model(**{name: x.to(parameter.device) for name, x in given.items()}).square().sum()
+    given = {name: x.to(parameter.device) for name, x in given.items()}
+    loss = model(**given, lengths=lengths).square().sum()
     with count or nullcontext():
         loss.backward()
     return {name: p.grad for name, p in model.named_parameters()}
@@ -270,14 +273,15 @@ def test_offload_leaves_nothing_behind(name):
         gc.enable()
 
 
-def test_offload_in_full_mode_moves_the_tokens():
+@pytest.mark.parametrize("lengths", [None, ((TEXT + IMAGE,), (TEXT + IMAGE - 3,))], ids=("", "padded"))
+def test_offload_in_full_mode_moves_the_tokens(lengths):
     """And only these: twice each in double-stream blocks; not the positions that all blocks share."""
     model = build("flux1", {"mode": "full", "offload": True})
     with (
         watching() as events,
         patch.object(offload, "LARGE", BATCH * TEXT * CONFIGS["flux1"].hidden_size * 4),
     ):
-        gradients(model)
+        gradients(model, lengths=lengths)
     outs = 2 * DOUBLE + SINGLE
     assert Counter(events) == {"out": outs, "in": outs - 1, "gone": outs}
     # The first block in backward is the last in forward; while it runs, the one before it comes.
