@@ -18,7 +18,6 @@ import re
 from collections import Counter
 from dataclasses import replace
 from fnmatch import fnmatchcase
-from functools import cache
 from importlib.util import find_spec
 
 import torch
@@ -44,11 +43,11 @@ def quantize_linears(model: nn.Module, section: Quantize) -> list[str]:
     _check_device(section)
     plain, quantized = nn.Linear(_SIDE, _SIDE, device="meta"), _sample(section)
     settings = {key: value for key, value in vars(quantized).items() if key not in vars(plain)}
-    # One new class per class, so that compiled blocks share a graph.
-    new_class = cache(lambda cls: type(cls.__name__, (type(quantized), cls), {}))
-    for name in names:
-        linear = model.get_submodule(name)
-        linear.__class__ = new_class(type(linear))
+    linears = [model.get_submodule(name) for name in names]
+    # One for each class, so that compiled blocks share a graph.
+    classes = {cls: type(cls.__name__, (type(quantized), cls), {}) for cls in set(map(type, linears))}
+    for linear in linears:
+        linear.__class__ = classes[type(linear)]
         vars(linear).update(settings)
     kinds = Counter(re.sub(r"\.\d+\.", ".*.", name, count=1) for name in names)
     how = f"{section.linears}, emulated" if section.emulate else section.linears

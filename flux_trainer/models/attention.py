@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from flux_trainer.models import on_cpu
+
 # Up to this many tokens the CPU's flash kernel is slower than plain matrix products (its backward 4 times).
 SHORT = 128
 
@@ -34,6 +36,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, lengths: Shapes = ()) -> Tensor:
     if q.device.type == "cpu" and k.shape[2] <= SHORT:
         with sdpa_kernel(SDPBackend.MATH):
             return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+    if on_cpu.takes_whole_products(q, k):
+        return on_cpu.attention(q, k, v).transpose(1, 2)
     return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
 
 

@@ -17,6 +17,7 @@ from flux_trainer.models.layers import (
     GELU,
     FusedLinear,
     LayerNorm,
+    Linear,
     QKNorm,
     SwiGLU,
     split_modulation,
@@ -59,7 +60,7 @@ def mlp(config: BlockConfig) -> nn.Sequential:
     return nn.Sequential(
         FusedLinear({"x": h}, mlp_sections(config), config.bias),
         SwiGLU() if config.gated else GELU(),
-        nn.Linear(config.mlp_hidden, h, config.bias),
+        Linear(config.mlp_hidden, h, config.bias),
     )
 
 
@@ -72,7 +73,7 @@ class SelfAttention(nn.Module):
         self.head_dim = config.head_dim
         self.qkv = FusedLinear({"x": h}, {"q": h, "k": h, "v": h}, config.qkv_bias)
         self.norm = QKNorm(config.head_dim)
-        self.proj = nn.Linear(h, h, config.bias)
+        self.proj = Linear(h, h, config.bias)
 
     def project(self, x: Tensor, pe: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries and keys, normalised and turned, and values: three [B, L, H, D]."""

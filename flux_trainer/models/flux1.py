@@ -6,12 +6,13 @@ several devices. Shapes: B samples, L tokens, h = hidden_size, H heads of D dime
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flux_trainer.models import blocks
 from flux_trainer.models.attention import Lengths
 from flux_trainer.models.configs import TIME_DIM, Flux1Config
-from flux_trainer.models.layers import LastLayer, MLPEmbedder, Modulation
+from flux_trainer.models.layers import LastLayer, Linear, MLPEmbedder, Modulation
 from flux_trainer.models.model import FluxModel, State
 
 
@@ -24,10 +25,10 @@ class DoubleStreamBlock(blocks.DoubleStreamBlock):
         self.txt_mod = Modulation(config.hidden_size, triples=2)
 
     def forward(  # type: ignore[override]
-        self, img: Tensor, txt: Tensor, vec: Tensor, pe: Tensor, *lengths: Tensor
+        self, img: Tensor, txt: Tensor, silu_vec: Tensor, pe: Tensor, *lengths: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """img [B, L_img, h], txt [B, L_txt, h], vec [B, h], pe (text, then image) -> img, txt."""
-        return super().forward(img, txt, self.img_mod(vec), self.txt_mod(vec), pe, *lengths)
+        """img [B, L_img, h], txt [B, L_txt, h], silu(vec) [B, h], pe (text, then image) -> img, txt."""
+        return super().forward(img, txt, self.img_mod(silu_vec), self.txt_mod(silu_vec), pe, *lengths)
 
 
 class SingleStreamBlock(blocks.SingleStreamBlock):
@@ -37,9 +38,9 @@ class SingleStreamBlock(blocks.SingleStreamBlock):
         super().__init__(config)
         self.modulation = Modulation(config.hidden_size, triples=1)
 
-    def forward(self, x: Tensor, vec: Tensor, pe: Tensor, *lengths: Tensor) -> Tensor:
-        """x [B, L, h] (text, then image), vec [B, h], pe -> x."""
-        return super().forward(x, self.modulation(vec), pe, *lengths)
+    def forward(self, x: Tensor, silu_vec: Tensor, pe: Tensor, *lengths: Tensor) -> Tensor:
+        """x [B, L, h] (text, then image), silu(vec) [B, h], pe -> x."""
+        return super().forward(x, self.modulation(silu_vec), pe, *lengths)
 
 
 class Flux1Model(FluxModel):
@@ -53,7 +54,7 @@ class Flux1Model(FluxModel):
         self.time_in = MLPEmbedder(TIME_DIM, h)
         self.vector_in = MLPEmbedder(config.vec_in_dim, h)
         self.guidance_in = MLPEmbedder(TIME_DIM, h) if config.guidance_embed else None
-        self.txt_in = nn.Linear(config.context_in_dim, h)
+        self.txt_in = Linear(config.context_in_dim, h)
         self.double_blocks = nn.ModuleList(DoubleStreamBlock(config) for _ in range(config.depth))
         self.single_blocks = nn.ModuleList(
             SingleStreamBlock(config) for _ in range(config.depth_single_blocks)
@@ -108,8 +109,9 @@ class Flux1Model(FluxModel):
         }
 
     def modulations(self, state: State) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-        """The vector: each block makes its own of it."""
-        return state[2:], state[2:]
+        """silu(vec): each block makes its own of it."""
+        silu_vec = F.silu(state[2])
+        return (silu_vec,), (silu_vec,)
 
     def embed(self, img: Tensor, txt: Tensor, timesteps: Tensor, y: Tensor, guidance: Tensor | None) -> State:
         """Tokens [B, L_img, h] and [B, L_txt, h], and the vector [B, h] that modulates every block."""

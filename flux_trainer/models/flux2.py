@@ -6,12 +6,13 @@ Shapes: B samples, L tokens, h = hidden_size.
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flux_trainer.models.attention import Lengths
 from flux_trainer.models.blocks import DoubleStreamBlock, SingleStreamBlock
 from flux_trainer.models.configs import TIME_DIM, Flux2Config
-from flux_trainer.models.layers import LastLayer, MLPEmbedder, Modulation
+from flux_trainer.models.layers import LastLayer, Linear, MLPEmbedder, Modulation
 from flux_trainer.models.model import FluxModel, State
 
 
@@ -24,7 +25,7 @@ class Flux2Model(FluxModel):
         h = config.hidden_size
         self.img_in = nn.Linear(config.in_channels, h, bias=False)
         self.time_in = MLPEmbedder(TIME_DIM, h, bias=False)
-        self.txt_in = nn.Linear(config.context_in_dim, h, bias=False)
+        self.txt_in = Linear(config.context_in_dim, h, bias=False)
         self.guidance_in = MLPEmbedder(TIME_DIM, h, bias=False) if config.use_guidance_embed else None
         self.double_blocks = nn.ModuleList(DoubleStreamBlock(config) for _ in range(config.depth))
         self.single_blocks = nn.ModuleList(
@@ -88,11 +89,12 @@ class Flux2Model(FluxModel):
         """Tokens, the conditioning vector, and the modulations that all blocks share."""
         dtype = self.img_in.weight.dtype  # inside forward: FSDP has the low-precision weights in place
         vec = self.condition(timesteps, guidance, dtype)
+        silu_vec = F.silu(vec)
         return (
             self.img_in(x.to(dtype)),
             self.txt_in(ctx.to(dtype)),
             vec,
-            self.double_stream_modulation_img(vec),
-            self.double_stream_modulation_txt(vec),
-            self.single_stream_modulation(vec),
+            self.double_stream_modulation_img(silu_vec),
+            self.double_stream_modulation_txt(silu_vec),
+            self.single_stream_modulation(silu_vec),
         )

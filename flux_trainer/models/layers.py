@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from flux_trainer.models import on_cpu
 from flux_trainer.models.fused import gelu, modulated_norm, norm_rope, swiglu
 
 NORM_EPS = 1e-6
@@ -26,7 +27,14 @@ def timestep_embedding(t: Tensor, dim: int = 256, max_period: float = 10000.0) -
     return torch.cat((angle.cos(), angle.sin()), dim=-1)
 
 
-class FusedLinear(nn.Linear):
+class Linear(nn.Linear):
+    """A linear layer, of whose gradient CPUs make less work (`on_cpu`)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return on_cpu.linear(x, self.weight, self.bias)
+
+
+class FusedLinear(Linear):
     """Several linears in one weight, named: their rows stacked along outputs, or columns along inputs.
 
     `rows` and `columns` map each section's name to its size, in order. Initialisation, tensor parallelism and
@@ -112,14 +120,17 @@ class SwiGLU(nn.Module):
 
 
 class Modulation(nn.Module):
-    """The conditioning vector [B, h] to `triples` x (shift, scale, gate), side by side: [B, 3 triples h]."""
+    """silu(vec) [B, h] to `triples` x (shift, scale, gate), side by side: [B, 3 triples h].
+
+    The conditioning vector's SiLU is outside, for it is the same in all blocks.
+    """
 
     def __init__(self, dim: int, triples: int, bias: bool = True) -> None:
         super().__init__()
-        self.lin = nn.Linear(dim, 3 * triples * dim, bias)
+        self.lin = Linear(dim, 3 * triples * dim, bias)
 
-    def forward(self, vec: Tensor) -> Tensor:
-        return self.lin(F.silu(vec))
+    def forward(self, silu_vec: Tensor) -> Tensor:
+        return self.lin(silu_vec)
 
 
 def split_modulation(mod: Tensor, triples: int) -> tuple[Tensor, ...]:

@@ -241,9 +241,9 @@ def _costs(p: Plan, mesh: Mesh | None, policy: str) -> dict[str, Cost]:
     with FakeTensorMode():
         weights = {name: _present(p, end) for name, end in ends.items()}
         state = _state(p, ends["embedders"])
-        of_double, of_single = model.modulations(state)
+        of_double, of_single = (tuple(map(_leaf, each)) for each in model.modulations(state))
         pe = rope_table(torch.cat(_positions(p), dim=1), p.model.axes_dim, p.model.theta)
-        txt_img = torch.cat((state[1], state[0]), dim=1).detach().requires_grad_()
+        txt_img = _leaf(torch.cat((state[1], state[0]), dim=1))
         taken = {
             "double_blocks": (*state[:2], *of_double, pe, *_lengths(p)),
             "single_blocks": (txt_img, *of_single, pe, *_lengths(p)),
@@ -308,6 +308,10 @@ def _state(p: Plan, embedders: FluxModel) -> State:
     with torch.no_grad():
         state = embedders(**embedders.arguments(**_inputs(p)))
     return tuple(torch.empty_like(x).requires_grad_() for x in state)
+
+
+def _leaf(x: Tensor) -> Tensor:
+    return x.detach().requires_grad_()
 
 
 def _block_cost(p: Plan, block: nn.Module, taken: tuple[Tensor, ...]) -> Cost:

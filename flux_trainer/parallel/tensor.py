@@ -32,11 +32,10 @@ from functools import cache
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from flux_trainer.models import blocks, flux1
+from flux_trainer.models import blocks, flux1, on_cpu
 from flux_trainer.models.layers import FusedLinear, RMSNorm, rms_norm_rope
 from flux_trainer.runtime.layout import Layout, share_out
 
@@ -116,7 +115,7 @@ class _RowParallel(_Role):
     bias: Tensor | None
 
     def forward(self, x: Tensor) -> Tensor:
-        y = _Sum.apply(F.linear(x, self.weight), self.tp_group)
+        y = _Sum.apply(on_cpu.linear(x, self.weight, None), self.tp_group)
         return y if self.bias is None else y + self.bias
 
 

@@ -1,0 +1,101 @@
+"""Gradients that CPUs compute another way: as exact as torch's, or known by how much less."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from flux_trainer.models import on_cpu
+from flux_trainer.models.attention import attention
+
+BF16 = torch.bfloat16
+
+
+def normal(*shape: int, seed: int = 0, dtype: torch.dtype = BF16) -> torch.Tensor:
+    g = torch.Generator().manual_seed(seed + 7 * len(shape))
+    return torch.randn(*shape, generator=g).to(dtype).requires_grad_()
+
+
+def gradients(function, *arguments, dtype=BF16):
+    """With a random gradient of the result, which is the same for all dtypes."""
+    arguments = [x if x is None else x.detach().to(dtype).requires_grad_() for x in arguments]
+    out = function(*arguments)
+    probe = normal(*out.shape, seed=99).detach().to(dtype)
+    return torch.autograd.grad(out, [x for x in arguments if x is not None], probe)
+
+
+def errors(got, exact):
+    return [((a.double() - b).norm() / b.norm()).item() for a, b in zip(got, exact, strict=True)]
+
+
+class Names(TorchDispatchMode):
+    """Of the operators that run."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = set()
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        self.found.add(op.overloadpacket.__name__)
+        return op(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=("", "compiled"))
+@pytest.mark.parametrize("bias", [True, False], ids=("", "no bias"))
+@pytest.mark.parametrize("rows", [(1,), (1, 1), (3,), (2, 100)])
+def test_linear_is_as_exact_as_torch(rows, bias, compiled):
+    arguments = (normal(*rows, 48), normal(80, 48, seed=1), normal(80, seed=2) if bias else None)
+    function = torch.compile(on_cpu.linear, backend="aot_eager") if compiled else on_cpu.linear
+    exact = gradients(F.linear, *arguments, dtype=torch.float64)
+    ours, torchs = (errors(gradients(f, *arguments), exact) for f in (function, F.linear))
+    assert all(a <= 1.2 * b + 1e-3 for a, b in zip(ours, torchs, strict=True)), (ours, torchs)
+    torch.testing.assert_close(on_cpu.linear(*arguments), F.linear(*arguments), atol=0, rtol=0)
+
+
+def test_linear_of_frozen_parts():
+    x, weight, bias = normal(40, 8), normal(16, 8, seed=1).detach(), normal(16, seed=2)
+    on_cpu.linear(x, weight, bias).sum().backward()
+    assert [p.grad is None for p in (x, weight, bias)] == [False, True, False]
+
+
+def test_the_gradient_is_laid_out_as_its_weight():
+    """Or adding it up would copy it."""
+    for rows in (1, 100):
+        weight = normal(80, 48, seed=1)
+        on_cpu.linear(normal(rows, 48), weight, None).sum().backward()
+        assert weight.grad.is_contiguous()
+
+
+@pytest.mark.parametrize("shape", [(200, 70), (64, 3), (1, 5)])
+def test_transposed(shape):
+    x = normal(*shape).detach()
+    assert torch.equal(on_cpu.transposed(x), x.t())
+    assert on_cpu.transposed(x).is_contiguous()
+
+
+@pytest.mark.parametrize("length", [130, 300])
+def test_attention_is_within_twice_the_error(length):
+    """Of torch's own backward, which keeps scores in float32."""
+    q, k = (F.rms_norm(normal(2, length, 3, 64, seed=i), (64,)) for i in range(2))
+    v = normal(2, length, 3, 64, seed=2)
+
+    def torchs(q, k, v):
+        return F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
+
+    exact = gradients(torchs, q, k, v, dtype=torch.float64)
+    with Names() as names:
+        ours = gradients(attention, q, k, v)
+    assert "_softmax_backward_data" in names.found
+    assert "_scaled_dot_product_flash_attention_for_cpu_backward" not in names.found
+    of_ours, of_torchs = errors(ours, exact), errors(gradients(torchs, q, k, v), exact)
+    assert all(a <= 2.5 * b for a, b in zip(of_ours, of_torchs, strict=True)), (of_ours, of_torchs)
+    assert max(of_ours) < 0.01
+    assert torch.equal(attention(q, k, v), torchs(q, k, v))
+
+
+def test_long_attention_goes_by_tiles(monkeypatch):
+    monkeypatch.setattr(on_cpu, "WHOLE", 129)
+    q, k, v = (normal(1, 130, 2, 16, seed=i) for i in range(3))
+    with Names() as names:
+        gradients(attention, q, k, v)
+    assert "_scaled_dot_product_flash_attention_for_cpu_backward" in names.found
