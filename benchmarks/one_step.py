@@ -16,6 +16,7 @@ from flux_trainer.config.schema import JobConfig
 from flux_trainer.flow.latents import SPACES
 from flux_trainer.flow.loss import flow_loss
 from flux_trainer.models import registry
+from flux_trainer.models.backends import check_backend
 from flux_trainer.models.configs import ModelConfig
 from flux_trainer.models.flops import forward_flops_per_sample, train_flops_per_sample
 from flux_trainer.optim.build import build_optimizer
@@ -53,6 +54,8 @@ def make(kind: str, shape: ModelConfig, config: JobConfig, device: torch.device)
     with torch.device("meta"), default_dtype(getattr(torch, config.training.dtype)):
         model = registry.model_class(shape)(shape)
     model.requires_grad_(kind == "train")
+    backend, training = config.attention.backend, kind != "inference"
+    check_backend(backend, device, compute, shape.head_dim, training=training)
     parallel = parallelize(
         model,
         build_mesh(config.parallelism, 1, device.type),
@@ -62,6 +65,7 @@ def make(kind: str, shape: ModelConfig, config: JobConfig, device: torch.device)
         compile=config.compile,
         param_dtype=compute,
         reduce_dtype=getattr(torch, config.training.mixed_precision_reduce),
+        attention=config.attention,
         quantize=config.quantize,
     )
     model.to_empty(device=device)

@@ -33,6 +33,7 @@ from flux_trainer.hub.weights import open_weights
 from flux_trainer.metrics.pictures import grid, thumbnail, to_image
 from flux_trainer.metrics.progress import Progress
 from flux_trainer.models import registry
+from flux_trainer.models.backends import check_backend
 from flux_trainer.models.configs import ModelConfig
 from flux_trainer.parallel.apply import Parallel, parallelize
 from flux_trainer.parallel.arithmetic import tokens
@@ -75,6 +76,7 @@ def draw_pictures(order: Order, config: JobConfig) -> None:
     dtype: torch.dtype = getattr(torch, config.training.mixed_precision_param)
     ema = config.inference.ema
     # What can fail, before the minutes that the text encoders take.
+    check_backend(config.attention.backend, world.device, dtype, model.head_dim, training=False)
     on_first(world.checkpoint, lambda: _look(order, model, ema))
     codec = Codec(config.encoder, world.device, kind_of(model))
 
@@ -177,6 +179,7 @@ def _transformer(
         compile=config.compile,
         param_dtype=dtype,
         reduce_dtype=dtype,
+        attention=config.attention,
     )
     for part in parallel.parts:
         part.to_empty(device=device)

@@ -37,6 +37,7 @@ from flux_trainer.metrics.meter import Meter
 from flux_trainer.metrics.peak import device_peak_flops
 from flux_trainer.metrics.profiler import Profiler
 from flux_trainer.metrics.writers import Writers
+from flux_trainer.models.backends import check_backend
 from flux_trainer.models.init import Distribution
 from flux_trainer.models.model import Arguments, FluxModel
 from flux_trainer.optim.build import build_optimizer, optimizer_tensors, set_lr
@@ -91,6 +92,9 @@ class Trainer(ABC):
             model, distributions = self.build_model()
         self.architecture = model.config
         check_export(config.checkpoint.export, self.architecture)
+        check_backend(
+            config.attention.backend, self.device, self.compute_dtype, model.config.head_dim, training=True
+        )
         size = sum(p.numel() for p in model.parameters())
         self.parallel = parallelize(
             model,
@@ -101,6 +105,7 @@ class Trainer(ABC):
             compile=config.compile,
             param_dtype=self.compute_dtype,
             reduce_dtype=getattr(torch, training.mixed_precision_reduce),
+            attention=config.attention,
             quantize=config.quantize,
         )
         self.layouts = self.parallel.layouts

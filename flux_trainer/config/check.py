@@ -51,6 +51,7 @@ def check_generation(
 ) -> None:
     """As `check`, for drawing pictures with the settings: those of data and training do not matter."""
     findings = [*_model(config), *_parallelism(config, world_size), *_references(config), *_inference(config)]
+    findings += _attention(config)
     findings += missing_for_pictures(config)
     if findings:
         raise ConfigError([_line(config, finding, origins or {}) for finding in findings])
@@ -302,6 +303,33 @@ def _recompute_and_compile(config: JobConfig) -> Iterator[Finding]:
         yield "compile.components", 'is empty, so compile.enable has nothing to do; name "model" or "loss"'
 
 
+def _attention(config: JobConfig) -> Iterator[Finding]:
+    """What is wrong on every device; `models.backends.check_backend` knows the one at hand."""
+    key, backend = "attention.backend", config.attention.backend
+    dtype = config.training.mixed_precision_param
+    if backend == "cudnn" and dtype != "bfloat16":
+        yield key, f'computes in bfloat16, not in training.mixed_precision_param = "{dtype}"; take "auto"'
+    if backend in ("efficient", "flex") and dtype == "float64":
+        yield key, 'does not take training.mixed_precision_param = "float64"; take "math" or "auto"'
+    if backend == "cudnn" and config.debug.deterministic:
+        yield key, 'does not go with debug.deterministic = true; take "flash" or "auto"'
+
+
+def _flex(config: JobConfig) -> Iterator[Finding]:
+    """Selective checkpointing sees a compiled attention where the whole block is compiled, and not alone."""
+    section, compiled = config.activation_checkpoint, config.compile.enable
+    compiled = compiled and "model" in config.compile.components
+    used = {section.double_blocks or section.mode, section.single_blocks or section.mode}
+    kept = used & {"op", "attention"} or ("selective" in used and section.selective_ac_option == "op")
+    if config.attention.backend == "flex" and kept and not compiled:
+        yield (
+            "attention.backend",
+            'needs compile.enable = true with "model" in compile.components where activation checkpointing '
+            'keeps single results (selective op, attention); or set activation_checkpoint.mode to "full" or '
+            '"none"',
+        )
+
+
 def _quantize(config: JobConfig) -> Iterator[Finding]:
     if config.quantize.linears == "none":
         return
@@ -343,6 +371,8 @@ _CHECKS: tuple[Callable[[JobConfig], Iterator[Finding]], ...] = (
     _validation,
     _inference,
     _recompute_and_compile,
+    _attention,
+    _flex,
     _quantize,
     _checkpoint,
     _profiling,

@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args
 
 from pydantic import Field, model_validator
 
-from flux_trainer.config.compute import ActivationCheckpoint, Compile, Parallelism, Quantize
+from flux_trainer.config.compute import ActivationCheckpoint, Attention, Compile, Parallelism, Quantize
 from flux_trainer.config.section import (
     NonNegativeFloat,
     NonNegativeInt,
@@ -364,6 +364,7 @@ class JobConfig(Section):
     ema: EMA = Field(default_factory=EMA)
     parallelism: Parallelism = Field(default_factory=Parallelism)
     activation_checkpoint: ActivationCheckpoint = Field(default_factory=ActivationCheckpoint)
+    attention: Attention = Field(default_factory=Attention)
     compile: Compile = Field(default_factory=Compile)
     quantize: Quantize = Field(default_factory=Quantize)
     checkpoint: Checkpoint = Field(default_factory=Checkpoint)

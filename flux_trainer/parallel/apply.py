@@ -10,7 +10,9 @@ import torch
 from torch import nn
 
 from flux_trainer.adapters.quantize import quantize_linears
-from flux_trainer.config.compute import ActivationCheckpoint, Compile, Parallelism, Quantize
+from flux_trainer.config.compute import ActivationCheckpoint, Attention, Compile, Parallelism, Quantize
+from flux_trainer.models.backends import attention_by
+from flux_trainer.models.blocks import Attention as Attend
 from flux_trainer.models.model import FluxModel
 from flux_trainer.parallel.arithmetic import check_heads, context_method, cuts, holds_weights
 from flux_trainer.parallel.cast import read_as
@@ -51,6 +53,7 @@ def parallelize(
     compile: Compile,
     param_dtype: torch.dtype,
     reduce_dtype: torch.dtype,
+    attention: Attention | None = None,
     quantize: Quantize | None = None,
 ) -> Parallel:
     """Make `model`, whose parameters lie on the meta device, compute its part of what the mesh computes.
@@ -60,6 +63,7 @@ def parallelize(
         tokens: image and text tokens of a sample, by which a pipeline is cut into stages of equal cost.
         param_dtype: dtype of forward and backward.
         reduce_dtype: dtype of gradient sums over ranks.
+        attention: what computes it; None: what torch chooses.
         quantize: which linears multiply in 8 bits; None: none.
 
     Raises:
@@ -81,15 +85,15 @@ def parallelize(
             dtype=param_dtype,
             hold=hold,
         )
-    context = context_parallel(parallelism, mesh, model.config.num_heads)
+    attend = attention_by(attention.backend if attention else "auto")
+    context = context_parallel(parallelism, mesh, model.config.num_heads, attend)
     layouts: dict[str, Layout] = {}
     parts = pipeline.parts if pipeline else [model]
     for part in parts:
         blocks = [block for _, block in part.blocks()]
         if mesh.tp:
             layouts |= tensor_parallel(part.blocks(), mesh.tp)
-        if context:
-            share_attention(blocks, context)
+        use_attention(blocks, context.attention if context else attend)
         offload = Offload() if activation_checkpoint.offload else None
         compiled = compile.enable and "model" in compile.components
         apply_checkpointing(part.blocks(), activation_checkpoint, None if compiled else offload)
@@ -112,15 +116,16 @@ def parallelize(
     return Parallel(parts, layouts, context, pipeline)
 
 
-def context_parallel(section: Parallelism, mesh: Mesh, heads: int) -> ContextParallel | None:
-    """How this rank shares the tokens of a model with that many heads, if the mesh shares them out."""
+def context_parallel(section: Parallelism, mesh: Mesh, heads: int, attend: Attend) -> ContextParallel | None:
+    """How this rank shares the tokens of a model with that many heads, if the mesh shares them out; `attend`
+    is what computes attention where a rank has whole sequences of keys."""
     if mesh.cp is None:
         return None
     heads //= mesh.size("tp")
-    return ContextParallel(mesh.cp, context_method(section, heads), heads)
+    return ContextParallel(mesh.cp, context_method(section, heads), heads, attend)
 
 
-def share_attention(blocks: Iterable[nn.Module], context: ContextParallel) -> None:
-    """Let the attention of `blocks` reach the tokens of all ranks."""
+def use_attention(blocks: Iterable[nn.Module], attend: Attend) -> None:
+    """Let `blocks` attend so."""
     for block in blocks:
-        block.attention = context.attention  # type: ignore[assignment]
+        block.attention = attend  # type: ignore[assignment]

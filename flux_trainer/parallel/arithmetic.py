@@ -8,7 +8,7 @@ from __future__ import annotations
 from math import prod
 from typing import Literal
 
-from flux_trainer.config.compute import EIGHT_BIT_MULTIPLE, Parallelism
+from flux_trainer.config.compute import EIGHT_BIT_MULTIPLE, Backend, Parallelism
 from flux_trainer.config.pictures import reference_side
 from flux_trainer.config.problems import ConfigError
 from flux_trainer.config.schema import JobConfig, Training
@@ -110,6 +110,16 @@ def check_context(method: Method, heads: int, degree: int) -> None:
         )
 
 
+def check_ring(method: Method, backend: Backend) -> None:
+    """Raise ValueError where a ring, which takes the kernel that suits it, is told another."""
+    if method == "ring" and backend != "auto":
+        raise ValueError(
+            f'attention.backend = "{backend}" does not go with ring attention, which takes the fastest of '
+            'flash, efficient and plain products that returns log-sum-exps; set it to "auto", or '
+            'parallelism.context_parallel_method to "allgather", or "ulysses" where the heads divide evenly'
+        )
+
+
 def cuts(model: ModelConfig, tokens: tuple[int, int], section: Parallelism) -> list[range]:
     """The blocks of each stage of a pipeline, of one stage without one; stages cost as equally as can be.
 
@@ -142,7 +152,10 @@ def check_sharing(config: JobConfig, world_size: int) -> dict[str, int]:
         sizes = degrees(section, world_size)
         check_heads(model, sizes["tp"])
         heads = model.num_heads // sizes["tp"]
-        check_context(context_method(section, heads), heads, sizes["cp"])
+        method = context_method(section, heads)
+        check_context(method, heads, sizes["cp"])
+        if sizes["cp"] > 1:
+            check_ring(method, config.attention.backend)
         cuts(model, tokens(config), section)
     except ValueError as error:
         raise ConfigError([str(error)]) from error

@@ -24,7 +24,8 @@ import torch
 from torch import Tensor
 from torch.distributed.distributed_c10d import ProcessGroup
 
-from flux_trainer.models.attention import Shapes, without_padding
+from flux_trainer.models.attention import Shapes, attention, without_padding
+from flux_trainer.models.blocks import Attention
 from flux_trainer.parallel.arithmetic import Method, check_context
 from flux_trainer.parallel.gathered import gather_tokens, gathered_attention
 from flux_trainer.parallel.group import shares
@@ -47,8 +48,11 @@ class ContextParallel:
     Tokens are shared out as `torch.tensor_split` does: parts may differ by one token, or be empty.
     """
 
-    def __init__(self, group: ProcessGroup, method: Method, heads: int) -> None:
-        """heads: those of each call of `attention`.
+    def __init__(
+        self, group: ProcessGroup, method: Method, heads: int, attend: Attention = attention
+    ) -> None:
+        """heads: those of each call of `attention`; attend: what that is to whole sequences of keys, which a
+        ring never has.
 
         Raises:
             ValueError: an unknown method, or ulysses with fewer heads than ranks.
@@ -58,6 +62,7 @@ class ContextParallel:
         self.rank, self.size = group.rank(), group.size()
         check_context(method, heads, self.size)
         self.method = method
+        self.attend = attend
         self.group = group
         self.group_name: str = group.group_name
         # By how many tokens each rank's part is longer than this rank's. The lengths themselves are read from
@@ -115,4 +120,4 @@ class ContextParallel:
         if self.method == "ring":
             return ring_attention(q, k, v, lengths, self.group_name)[0]
         method = ulysses_attention if self.method == "ulysses" else gathered_attention
-        return method(q, k, v, lengths, self.group_name)
+        return method(q, k, v, lengths, self.group_name, self.attend)

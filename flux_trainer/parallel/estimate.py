@@ -24,10 +24,11 @@ from flux_trainer.config.schema import JobConfig
 from flux_trainer.flow.loss import flow_loss
 from flux_trainer.models import registry
 from flux_trainer.models.attention import rope_table
+from flux_trainer.models.backends import attention_by
 from flux_trainer.models.configs import ModelConfig
 from flux_trainer.models.model import FluxModel, State
 from flux_trainer.parallel import offload
-from flux_trainer.parallel.apply import context_parallel, share_attention
+from flux_trainer.parallel.apply import context_parallel, use_attention
 from flux_trainer.parallel.arithmetic import (
     check_mesh,
     cuts,
@@ -51,6 +52,9 @@ MODES = {
     "attention": ActivationCheckpoint(mode="attention"),
     "full": ActivationCheckpoint(mode="full"),
 }
+ON_A_CPU = ("auto", "flash", "math")
+"""Backends of attention that run here; each of the others keeps what flash does, its result and its
+log-sum-exps."""
 Costs = dict[str, dict[str, Cost]]
 """One micro-batch's, by policy of checkpointing, then by kind of block, "embedders" and "head"."""
 
@@ -233,9 +237,11 @@ def _costs(p: Plan, mesh: Mesh | None, policy: str) -> dict[str, Cost]:
     if mesh and mesh.tp:
         tensor_parallel(model.blocks(), mesh.tp)
     blocks = [block for _, block in model.blocks()]
-    if mesh and (context := context_parallel(p.config.parallelism, mesh, p.model.num_heads)):
+    attend = attention_by(p.config.attention.backend if p.config.attention.backend in ON_A_CPU else "flash")
+    context = context_parallel(p.config.parallelism, mesh, p.model.num_heads, attend) if mesh else None
+    if context:
         context.begin(p.tokens[1], p.tokens[0] - p.references, context.padded(p.references))
-        share_attention(blocks, context)
+    use_attention(blocks, context.attention if context else attend)
     mode = "selective" if policy == "op" else policy
     apply_checkpointing(model.blocks(), ActivationCheckpoint.model_validate({"mode": mode}))
     with FakeTensorMode():

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.distributed_c10d import ProcessGroup
 
-from flux_trainer.models.attention import attention
+from flux_trainer.models.blocks import Attention
 from flux_trainer.parallel.group import group_named
 from flux_trainer.parallel.partial_attention import wide
 
@@ -114,11 +114,13 @@ def _backward(ctx: Any, grad_k: Tensor, grad_v: Tensor) -> tuple[Tensor | None, 
 gather_keys_values.register_autograd(_backward, setup_context=_save)
 
 
-def gathered_attention(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], group_name: str) -> Tensor:
+def gathered_attention(
+    q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], group_name: str, attend: Attention
+) -> Tensor:
     """Attention of this rank's queries to all ranks' keys: this rank's [B, L_r, H, D] in and out.
 
     Each rank sends 2 (W - 1) max(L_r) B H D elements in two all-gathers (as a ring does them); backward as
-    many, in float32 or wider, in two reduce-scatters.
+    many, in float32 or wider, in two reduce-scatters. What computes it is `attend`.
     """
     keys, values = gather_keys_values(k, v, lengths, group_name)
-    return attention(q, keys.transpose(0, 1), values.transpose(0, 1))
+    return attend(q, keys.transpose(0, 1), values.transpose(0, 1), ())

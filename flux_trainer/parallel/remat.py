@@ -14,6 +14,8 @@ its input, query, key and value, and attention's output; under "op", in place of
 second of the matrix products as they come: FLUX.1's modulations are products, too. Beside these, a block
 keeps attention's log-sum-exp and what there is once for a sample. A single-stream block's first product is
 query, key, value and the MLP's inputs in one: keeping a part of it would save memory but no product.
+Attention in plain products (`attention.backend` "math", few tokens on a CPU) is computed again under every
+policy: its backward asks for the probabilities, which nobody wants to keep.
 
 Under tensor parallelism all but the input is shared out, and the sums of both residual branches (h each; one
 in single-stream blocks) are kept on every rank; under context parallelism, what has travelled.
@@ -42,6 +44,7 @@ ATTENTION = {
     aten._scaled_dot_product_efficient_attention.default,
     aten._scaled_dot_product_cudnn_attention.default,
     aten._scaled_dot_product_flash_attention_for_cpu.default,
+    torch.ops.higher_order.flex_attention,  # seen in compiled blocks alone
     torch.ops.flux_trainer.ring_attention.default,
 }
 # The dearest results to compute again: attention's output, on every backend, and whatever has travelled.

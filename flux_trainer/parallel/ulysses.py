@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from flux_trainer.models.attention import attention
+from flux_trainer.models.blocks import Attention
 from flux_trainer.parallel.group import group_named, shares
 
 
@@ -120,13 +120,16 @@ scatter_heads.register_autograd(_scatter_backward, setup_context=_save_scatter)
 gather_heads.register_autograd(_gather_backward, setup_context=_save_gather)
 
 
-def ulysses_attention(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], group_name: str) -> Tensor:
+def ulysses_attention(
+    q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], group_name: str, attend: Attention
+) -> Tensor:
     """Attention of this rank's queries to all ranks' keys: this rank's [B, L_r, H, D] in and out.
 
     Each rank sends 3 L_r (H - H_r) B D elements in one all-to-all and (L - L_r) H_r B D in another;
     backward L_r (H - H_r) B D and 3 (L - L_r) H_r B D. Where all divides, that is 4 L H B D (W - 1) / W^2
-    each way. H must be at least W.
+    each way. H must be at least W. What computes it is `attend`.
     """
     mine = scatter_heads([q, k, v], lengths, group_name)  # [L, 3, B, H_r, D]
-    out = attention(*(x.transpose(0, 1) for x in mine.unbind(1)))  # [B, L, H_r, D]
+    q_r, k_r, v_r = (x.transpose(0, 1) for x in mine.unbind(1))
+    out = attend(q_r, k_r, v_r, ())  # [B, L, H_r, D]
     return gather_heads(out.transpose(0, 1).unsqueeze(1), q.shape[2], lengths, group_name).squeeze(0)

@@ -199,6 +199,26 @@ def test_a_sound_run_passes_without_remarks(world_size):
             'compile.components = [] is empty, so compile.enable has nothing to do; name "model" or "loss"',
         ),
         (
+            ["--attention.backend=cudnn", "--training.mixed_precision_param=float32"],
+            'attention.backend = "cudnn" computes in bfloat16, not in training.mixed_precision_param = '
+            '"float32"; take "auto"',
+        ),
+        (
+            ["--attention.backend=efficient", *DOUBLE],
+            'attention.backend = "efficient" does not take training.mixed_precision_param = "float64"; '
+            'take "math" or "auto"',
+        ),
+        (
+            ["--attention.backend=cudnn", "--debug.deterministic"],
+            'attention.backend = "cudnn" does not go with debug.deterministic = true; take "flash" or "auto"',
+        ),
+        (
+            ["--attention.backend=flex", "--compile.enable", "--compile.components=loss"],
+            'attention.backend = "flex" needs compile.enable = true with "model" in compile.components where '
+            "activation checkpointing keeps single results (selective op, attention); or set "
+            'activation_checkpoint.mode to "full" or "none"',
+        ),
+        (
             ["--checkpoint.export=bfl"],
             'checkpoint.export = ["bfl"] needs checkpoint.enable = true: it is made from the last checkpoint',
         ),
@@ -437,6 +457,21 @@ def test_the_flavors_are_those_of_the_registry():
 def test_a_flavor_of_another_family_is_refused_for_pictures_too():
     config = load(sound("--model.name=flux2", "--model.flavor=flux-dev")).config
     with pytest.raises(ConfigError, match=r"model\.flavor = .* does not belong"):
+        check_generation(config, None)
+
+
+def test_flex_goes_uncompiled_where_nothing_single_is_kept():
+    flags, mode = ["--attention.backend=flex"], "--activation_checkpoint."
+    check(load(sound(*flags, "--compile.enable")).config, None)
+    for others in (["mode=full"], ["mode=none"], ["selective_ac_option=2"]):
+        check(load(sound(*flags, *(mode + other for other in others))).config, None)
+    for others in (["mode=full", "single_blocks=op"], ["double_blocks=none"]):
+        assert len(problems(*flags, *(mode + other for other in others))) == 1
+
+
+def test_a_backend_of_attention_is_refused_for_pictures_too():
+    config = load(sound("--attention.backend=cudnn", "--training.mixed_precision_param=float32")).config
+    with pytest.raises(ConfigError, match=r"attention\.backend = .* computes in bfloat16"):
         check_generation(config, None)
 
 

@@ -10,9 +10,10 @@ from helpers.resident import needs_proc, peak, restart_peak
 from helpers.small_model import arguments, inputs, small, small2
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import flux_trainer.models.model
-from flux_trainer.config.compute import ActivationCheckpoint, Compile, Parallelism
+from flux_trainer.config.compute import ActivationCheckpoint, Attention, Compile, Parallelism
 from flux_trainer.models.init import Normal
 from flux_trainer.models.model import FluxModel
 from flux_trainer.models.registry import model_class
@@ -50,6 +51,7 @@ def build_parallel(
     away=False,
     compile=False,
     param_dtype=None,
+    attention="auto",
     **degrees,
 ) -> Parallel:
     config = config or CONFIGS[family]
@@ -71,6 +73,7 @@ def build_parallel(
         compile=Compile(enable=compile, backend="aot_eager"),
         param_dtype=param_dtype or dtype,
         reduce_dtype=dtype,
+        attention=Attention(backend=attention),
     )
     model.to_empty(device="cpu")
     distributions = {name: Normal(0.3) for name, _ in model.named_parameters()}
@@ -217,6 +220,39 @@ def test_gradients_where_tokens_are_shared_out(ranks, cases):
             for name, gradient in want.items():
                 error = (got[name] - part(gradient, layouts.get(name))).abs().max() / gradient.abs().max()
                 assert error <= 1e-11, (case, name, error)
+
+
+class Kernels(TorchDispatchMode):
+    """Counts calls of flash, which on a CPU is not what so few tokens get by themselves."""
+
+    calls = 0
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        self.calls += "scaled_dot_product_flash_attention_for_cpu.default" in str(op)
+        return op(*args, **(kwargs or {}))
+
+
+def flash_calls(options: dict) -> list[int]:
+    found = []
+    for attention in ("auto", "flash"):
+        parallel = build_parallel(torch.distributed.get_world_size(), attention=attention, **options)
+        (model,) = parallel.parts
+        given = inputs(model.config, 1)
+        if parallel.context:
+            parallel.context.begin(given["text"].shape[1], given["image"].shape[1])
+            streams = ("image", "image_ids", "text", "text_ids")
+            given |= zip(streams, parallel.context.split(*(given[name] for name in streams)), strict=True)
+        with Kernels() as kernels:
+            model(**model.arguments(**given))
+        found.append(kernels.calls)
+    return found
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("options", [CP2, {"tensor_parallel_degree": 2}], ids=("ulysses", "tp"))
+def test_the_backend_of_attention_reaches_every_block(options):
+    """One double-stream and two single-stream blocks."""
+    assert run_ranks(2, flash_calls, options) == [[0, 3]] * 2
 
 
 def test_accumulation_equals_one_large_batch(one_process):

@@ -69,6 +69,21 @@ def test_an_impossible_mesh_is_refused_for_flux2():
         check_mesh(settings("flux2-klein-4b", pipeline=26), 26)
 
 
+def test_a_ring_chooses_what_computes_attention():
+    """Also where it is what heads that do not divide come to."""
+    for options in ({"context": 5}, {"context": 2, "method": "ring"}):
+        config = settings(**options)
+        check_mesh(config, options["context"])
+        config.attention.backend = "flash"
+        with pytest.raises(ConfigError, match=r'"flash" does not go with ring attention, .* "auto"'):
+            check_mesh(config, options["context"])
+        config.parallelism.context_parallel_method = "allgather"
+        check_mesh(config, options["context"])
+    config = settings(context=1, method="ring")
+    config.attention.backend = "flash"
+    check_mesh(config, 1)
+
+
 def test_text_tokens_are_those_of_the_familys_encoder():
     for flavor, text in (("flux-dev", 256), ("flux2-dev", 384)):
         config = settings(flavor)

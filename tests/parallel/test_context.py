@@ -130,6 +130,29 @@ def test_groups_within_the_world():
     assert_exact(run_ranks(4, on_a_mesh), 1e-12)
 
 
+def calls_of_attend() -> dict[str, list[tuple[int, ...]]]:
+    """Shapes of what each method leaves to `attend`."""
+    case, shapes = Case(), {}
+    for method in METHODS:
+        seen = shapes[method] = []
+
+        def attend(q: Tensor, k: Tensor, v: Tensor, lengths: tuple, seen=seen) -> Tensor:
+            seen.append((*q.shape[1:3], *k.shape[1:3]))
+            return plain_attention(q, k, v)
+
+        cp = ContextParallel(dist.group.WORLD, method, case.heads, attend)
+        cp.begin(case.txt, case.img)
+        got = cp.attention(*(local(cp, case, x) for x in tokens(case, 3)))
+        assert relative(got, local(cp, case, plain_attention(*tokens(case, 3)))) <= 1e-12
+    return shapes
+
+
+@pytest.mark.distributed
+def test_attention_to_whole_sequences_is_what_was_asked_for():
+    for shapes in run_ranks(2, calls_of_attend):
+        assert shapes == {"ulysses": [(18, 2, 18, 2)], "ring": [], "allgather": [(9, 4, 18, 4)]}
+
+
 def round_trip() -> bool:
     cp = ContextParallel(dist.group.WORLD, "ring", heads=1)
     x = torch.randn(2, 7, 3, generator=torch.Generator().manual_seed(0), requires_grad=True)

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from math import ceil
+from typing import get_args
 from unittest.mock import patch
 
 import pytest
@@ -15,16 +16,17 @@ from helpers.ranks import run_ranks
 from helpers.small_model import inputs
 from torch import Tensor
 
-from flux_trainer.config.compute import ActivationCheckpoint, Parallelism
+from flux_trainer.config.compute import ActivationCheckpoint, Backend, Parallelism
 from flux_trainer.config.load import load_config
 from flux_trainer.config.schema import JobConfig, Source
 from flux_trainer.flow.loss import flow_loss
 from flux_trainer.models import registry
+from flux_trainer.models.backends import attention_by
 from flux_trainer.models.flops import num_params
 from flux_trainer.models.model import FluxModel
 from flux_trainer.optim.build import build_optimizer, optimizer_tensors
 from flux_trainer.parallel import offload
-from flux_trainer.parallel.apply import parallelize
+from flux_trainer.parallel.apply import parallelize, use_attention
 from flux_trainer.parallel.cast import read_as
 from flux_trainer.parallel.context import ContextParallel
 from flux_trainer.parallel.estimate import MODES, Plan, costs, parts, plan, sharing
@@ -209,16 +211,33 @@ def test_references_of_different_numbers_are_counted(flavor, mode):
     compare_on_one_rank(flavor, "float32", MODES[mode], references=True)
 
 
+@pytest.mark.parametrize("mode", ["none", "attention"])
+def test_the_probabilities_of_plain_products_are_counted(mode):
+    compare_on_one_rank("flux-tiny", "bfloat16", MODES[mode], backend="math")
+
+
+def test_what_runs_on_gpus_alone_keeps_what_flash_does():
+    config = settings("flux-tiny")
+    config.training.img_size = 256  # 256 + 16 tokens, enough for a CPU's flash
+    found = {}
+    for backend in get_args(Backend):
+        config.attention.backend = backend
+        found[backend] = costs(plan(config, 1), None, MODES["none"])["none"]["single_blocks"]
+    assert found.pop("math").kept >= found["flash"].kept + 4 * 272**2 * 4  # of 4 heads, in float32
+    assert set(found.values()) == {found["flash"]}
+
+
 def compare_on_one_rank(
     flavor: str,
     compute: str,
     section: ActivationCheckpoint,
     tolerance: float = 0.02,
     references: bool = False,
+    backend: Backend = "auto",
 ) -> None:
     batch, side, text = 2, 192, 64
     config = settings(flavor)
-    config.encoder.dtype = "float32"
+    config.encoder.dtype, config.attention.backend = "float32", backend
     config.training.local_batch_size, config.training.img_size = batch, side
     config.training.mixed_precision_param = compute
     config.encoder.max_t5_encoding_len = config.encoder.max_llm_encoding_len = text
@@ -230,6 +249,7 @@ def compare_on_one_rank(
     lengths = {"lengths": ((sum(p.tokens) - 1,), (sum(p.tokens),))} if references else {}
 
     model = registry.build(config.model.name, flavor)
+    use_attention([block for _, block in model.blocks()], attention_by(backend))
     away = offload.Offload() if section.offload else None
     apply_checkpointing(model.blocks(), section, away)
     if away:
