@@ -57,8 +57,8 @@ Backend = Literal["auto", "cudnn", "flash", "efficient", "flex", "math"]
 
 class Attention(Section):
     backend: Backend = "auto"
-    """What computes attention. auto: the first of cuDNN (on Hopper and Blackwell), flash, efficient and math
-    that takes the dtype and the size of the heads; on CPUs plain products for few tokens, otherwise flash.
+    """What computes attention. auto: the first of cuDNN (on H100, B200 and their like), flash, efficient and
+    math that takes dtype and size of the heads; on CPUs plain products for few tokens, otherwise flash.
     cudnn, flash, efficient: torch's kernels, in whose place comes no other; flex: one that torch.compile
     makes, on CPUs for pictures alone; math: plain products, which keep a number for each pair of tokens."""
 

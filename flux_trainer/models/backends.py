@@ -1,7 +1,7 @@
 """Attention by the name of who computes it (`[attention] backend`), and whether a device can.
 
-"auto" leaves the choice to torch (`models/attention.py`). On CUDA it takes the first that accepts dtype and
-head size: cuDNN where that is preferred (Hopper and Blackwell, from cuDNN 9.15.1 on), flash, efficient, math.
+"auto" leaves the choice to torch (`models/attention.py`), which from 2.11 on takes on CUDA the first that
+accepts dtype and head size: cuDNN (9.15.1 or newer, on H100, B200 and their like), flash, efficient, math.
 """
 
 import functools

@@ -199,6 +199,21 @@ def test_bad_weights_and_folders_are_known_before_prompts_are_encoded(run, tmp_p
     bad = ["--encoder.autoencoder_path", str(tmp_path / "bad.safetensors")]
     (tmp_path / "bad.safetensors").write_bytes(b"\xff" * 20)
     assert "bad.safetensors" in run_ranks(1, refused_before_encoding, run[0], *bad)[0]
+    cudnn = ["--attention.backend=cudnn", "--training.mixed_precision_param=bfloat16"]
+    assert "runs on CUDA alone, not on cpu" in run_ranks(1, refused_before_encoding, run[0], *cudnn)[0]
+
+
+def backends_of_attention(folder: Path, out: Path) -> list[str]:
+    from flux_trainer.parallel import apply
+
+    asked, attention_by = [], apply.attention_by
+    apply.attention_by = lambda name: asked.append(name) or attention_by(name)
+    generate(folder, "a", "--steps=1", "--out", str(out), "--attention.backend=math")
+    return asked
+
+
+def test_the_backend_of_attention_is_what_was_asked_for(run, tmp_path):
+    assert run_ranks(1, backends_of_attention, run[0], tmp_path) == [["math"]]
 
 
 def interrupted(folder: Path, out: Path) -> tuple[int, list[str]]:
