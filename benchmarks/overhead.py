@@ -19,20 +19,10 @@ import torch
 from torch import nn
 
 from flux_trainer.config.load import load_config
-from flux_trainer.data.samples import Batch
 from flux_trainer.flux import FluxTrainer, MicroBatch
 from flux_trainer.models import registry
 
 ROOT = Path(__file__).parent.parent
-
-
-class OneBatch(FluxTrainer):
-    """Trains on one batch that is already encoded."""
-
-    ready: MicroBatch
-
-    def micro_batches(self, batch: Batch) -> list[MicroBatch]:
-        return [self.ready] if hasattr(self, "ready") else super().micro_batches(batch)
 
 
 def main() -> None:
@@ -42,7 +32,7 @@ def main() -> None:
     args = parser.parse_args()
 
     with tempfile.TemporaryDirectory() as folder:
-        trainer = OneBatch(
+        trainer = FluxTrainer(
             load_config(
                 [
                     "--job.config_file",
@@ -57,7 +47,7 @@ def main() -> None:
         )
         with closing(trainer.build_loader(0)) as loader:
             batch = next(loader)
-        (trainer.ready,) = trainer.micro_batches(batch)
+        (ready,) = trainer.micro_batches(batch)
         other = bare_model(trainer)
         optimizer = torch.optim.AdamW(other.parameters(), lr=1e-4, betas=(0.9, 0.95), fused=True)
 
@@ -67,9 +57,9 @@ def main() -> None:
                 synchronize(trainer.device)
                 start = time.perf_counter()
                 if name == "trainer":
-                    trainer.train_step(batch)
+                    trainer.train_step([ready])
                 else:
-                    bare_step(trainer, other, optimizer, args.dtype)
+                    bare_step(trainer, ready, other, optimizer, args.dtype)
                 synchronize(trainer.device)
                 if round_ >= 2:
                     times[name].append(time.perf_counter() - start)
@@ -92,10 +82,12 @@ def bare_model(trainer: FluxTrainer) -> nn.Module:
     return model
 
 
-def bare_step(trainer: FluxTrainer, model: nn.Module, optimizer: torch.optim.Optimizer, dtype: str) -> None:
+def bare_step(
+    trainer: FluxTrainer, batch: MicroBatch, model: nn.Module, optimizer: torch.optim.Optimizer, dtype: str
+) -> None:
     """Forward, backward, clip, optimizer; autocast where the trainer computes in bfloat16."""
     with torch.autocast(trainer.device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
-        loss = trainer.loss(model(**trainer.inputs(trainer.ready)), trainer.ready)
+        loss = trainer.loss(model(**trainer.inputs(batch)), batch)
     loss.backward()
     nn.utils.clip_grad_norm_(model.parameters(), trainer.config.training.max_norm)
     optimizer.step()

@@ -31,7 +31,7 @@ from flux_trainer.hub import distilled
 from flux_trainer.hub.export import check_export, export
 from flux_trainer.hub.load import load_weights
 from flux_trainer.hub.weights import note
-from flux_trainer.metrics.console import duration, training_line
+from flux_trainer.metrics.console import ending, training_line
 from flux_trainer.metrics.memory import memory_readings
 from flux_trainer.metrics.meter import Meter
 from flux_trainer.metrics.peak import device_peak_flops
@@ -43,17 +43,18 @@ from flux_trainer.models.model import Arguments, FluxModel
 from flux_trainer.optim.build import build_optimizer, optimizer_tensors, set_lr
 from flux_trainer.optim.build import step as optimizer_step
 from flux_trainer.optim.ema import EMA
-from flux_trainer.optim.guard import NONE, Guard, SkippedTooOften, clip_grad_norm
+from flux_trainer.optim.guard import NONE, Guard, clip_grad_norm, raise_if_skipped_too_often
 from flux_trainer.optim.in_backward import StepInBackward
 from flux_trainer.optim.schedule import lr_factor
 from flux_trainer.parallel.apply import parallelize
-from flux_trainer.parallel.arithmetic import global_batch_size, micro_batches
+from flux_trainer.parallel.arithmetic import encodes_ahead, global_batch_size, micro_batches
 from flux_trainer.parallel.fsdp import defer_all_reduce, reshard
 from flux_trainer.parallel.init import default_dtype, init_weights
 from flux_trainer.parallel.mesh import DATA, SHARED, build_mesh
 from flux_trainer.parallel.stages import STAGES_PER_RANK, check_micro_batches
 from flux_trainer.runtime import peers
 from flux_trainer.runtime.agree import check_agreement
+from flux_trainer.runtime.ahead import one_ahead
 from flux_trainer.runtime.dist import init_distributed, set_deterministic
 from flux_trainer.runtime.files import write_text
 from flux_trainer.runtime.log import logger
@@ -196,6 +197,9 @@ class Trainer(ABC):
             self.finish()
             return
         self.loader = self.build_loader(self.samples_seen)
+        batches = self.batches()
+        if self.device.type == "cuda" and encodes_ahead(training, self.mesh.sizes):
+            batches = one_ahead(batches, self.device)
         first_step = self.step + 1
         gc.disable()  # a collection stalls one rank, and with it all others: collect on all at the same step
         if self.step == 0:
@@ -205,10 +209,10 @@ class Trainer(ABC):
         with StopFlag(self.world) as stop, self.profiler:
             while self.step < training.steps and not stopped:
                 peers.mark(self.step + 1)
-                with self.meter.data_wait():
-                    batch = next(self.loader)
+                batch, micro_batches = next(batches)
                 self.bad_samples.count(len(batch.draws), batch.bad_draws, batch.bad)
-                self.train_step(batch)
+                self.train_step(micro_batches)
+                del micro_batches  # or they would lie beside the next ones
                 self.profiler.step()
                 stopped = stop.poll()
                 self.after_step(stopped)
@@ -216,21 +220,22 @@ class Trainer(ABC):
                     self.world.set_timeout(self.config.comm.train_timeout_seconds)
         gc.enable()
         self.loader.close()
-        if self.step < training.steps:
-            again = " The same command goes on from here." if self.config.checkpoint.enable else ""
-            logger.info(f"Stopped by a signal after step {self.step} of {training.steps}.{again}")
-        else:
-            elapsed = duration(self.meter.elapsed).strip()
-            logger.info(f"Training completed: step {self.step} of {training.steps}, {elapsed}")
+        logger.info(ending(self.step, training.steps, self.meter.elapsed, self.config.checkpoint.enable))
         self.finish()
 
-    def train_step(self, batch: Batch) -> None:
-        """One optimizer step on the global batch of which `batch` is this rank's part."""
+    def batches(self) -> Iterator[tuple[Batch, list[Any]]]:
+        """This rank's part of each global batch that is left, and its micro-batches."""
+        for _ in range(self.step, self.config.training.steps):
+            with self.meter.data_wait():
+                batch = next(self.loader)
+            peers.mark()
+            yield batch, self.micro_batches(batch)
+
+    def train_step(self, micro_batches: list[Any]) -> None:
+        """One optimizer step on the global batch of which `micro_batches` are this rank's part."""
         config = self.config
         lr = config.optimizer.lr * lr_factor(self.step + 1, config.lr_scheduler, config.training.steps)
         set_lr(self.optimizer, lr)
-        peers.mark()
-        micro_batches = self.micro_batches(batch)
         loss = self.forward_backward(micro_batches)
         peers.mark()
         grad_norm = clip_grad_norm(
@@ -308,13 +313,8 @@ class Trainer(ABC):
         logger.info(training_line(reading, self.config.training.steps, self.color))
         self.writers.scalars(self.step, reading)
         bad.raise_if_too_many(int(bad_draws), int(draws), self.config.data.max_bad_fraction)
-        if (reading["longest_skip"] or 0) >= self.config.training.max_skipped_steps:
-            where_finite = " where gradients were not finite" if self.in_backward else ""
-            raise SkippedTooOften(
-                f"{reading['longest_skip']} steps in a row were skipped up to step {self.step}: "
-                "their gradients were not finite, or jumped (training.spike_factor). The weights are as "
-                f"before them{where_finite}. Lower optimizer.lr, or look at the data."
-            )
+        skips, most = int(reading["longest_skip"] or 0), self.config.training.max_skipped_steps
+        raise_if_skipped_too_often(skips, self.step, most, in_backward=bool(self.in_backward))
 
     def run_validation(self) -> None:
         """Validate, and keep the time it takes out of the training speed."""

@@ -78,7 +78,7 @@ def estimate(config: JobConfig, world_size: int) -> dict[str, Any]:
     from flux_trainer.encoders.footprint import footprint
     from flux_trainer.models.flops import num_params
     from flux_trainer.parallel import estimate as e
-    from flux_trainer.parallel.held import Memory, samples
+    from flux_trainer.parallel.held import Memory, ahead, samples
     from flux_trainer.parallel.held import memory as held
     from flux_trainer.parallel.mesh import MODEL
     from flux_trainer.parallel.traffic import traffic
@@ -103,15 +103,17 @@ def estimate(config: JobConfig, world_size: int) -> dict[str, Any]:
         own_step or config.optimizer.in_backward
     )
 
+    beside = ahead(p, frozen.encoding)
+
     def memory(rank: int, name: str) -> Memory:
         return held(p, stages[rank], rank, costs[name], modes[name])
 
     def phases(m: Memory) -> dict[str, int]:
         """What is held at the peak of each part of a step."""
-        always = m.stored + frozen.weights
+        always = m.stored + frozen.weights + beside
         scratch = m.parameters if all_at_once else 0
         return {
-            "encoding": always + frozen.encoding,
+            "encoding": always + (0 if beside else frozen.encoding),
             "forward and backward": always + m.training - m.stored + samples(p),
             "optimizer": always + m.gradients + scratch,
             "average": always + m.ema,  # of the differences
@@ -149,6 +151,7 @@ def estimate(config: JobConfig, world_size: int) -> dict[str, Any]:
             "llm": frozen.llm,
             "autoencoder": frozen.autoencoder,
             "samples": samples(p),
+            "ahead": beside,
         },
         "assumed_encoders": list(frozen.assumed),
         "eight_bit_linears": config.quantize.linears,
@@ -195,6 +198,7 @@ def table(figures: dict[str, Any]) -> str:
         ),
         "autoencoder": memory["autoencoder"],
         "encoded samples": memory["samples"],
+        **({"the next ones, and encoding them": memory["ahead"]} if memory["ahead"] else {}),
     }
     lines += _rows(rows)
     lines += _rows({"sum": sum(rows.values())})

@@ -396,3 +396,10 @@ def _remarks(config: JobConfig, world_size: int | None) -> Iterator[Finding]:
             f"samples are more than the whole run's {per_step * steps}, so the average will stay near the "
             "initial weights; set ema.rampup_ratio",
         )
+    replicas = config.parallelism.data_parallel_replicate_degree
+    if config.training.encode_ahead and world_size is not None and world_size > replicas:
+        yield (
+            "training.encode_ahead",
+            f"has no effect where {world_size // replicas} ranks share a copy of the model: the text "
+            "encoder's traffic would get in the way of the step's",
+        )

@@ -175,6 +175,12 @@ class Training(Section):
     """Skip a step whose gradient norm exceeds this multiple of its running mean; 0: only non-finite steps."""
     max_skipped_steps: PositiveInt = 50
     """Stop after this many skipped steps in a row."""
+    encode_ahead: bool = False
+    """On CUDA: the frozen encoders work on the next global batch, on a stream of their own, while the model
+    trains on this one. No result changes; data that cannot be read end the run a step earlier. The encoders'
+    activations and two more steps' encoded samples lie beside the step's peak. No effect on other devices,
+    nor where ranks share a copy of the model: there they share the text encoder, too, and its traffic would
+    get in the way of the step's."""
     gc_freq: PositiveInt = 50
     """Collect Python's garbage every so many steps, on all ranks at once."""
 

@@ -49,6 +49,14 @@ def validation_line(
     return _join([*fields, ("time", "time", duration(seconds))], color)
 
 
+def ending(step: int, total_steps: int, seconds: float, resumable: bool) -> str:
+    """What is said after the last step: that the run is complete, or was stopped and can go on."""
+    if step == total_steps:
+        return f"Training completed: step {step} of {total_steps}, {duration(seconds).strip()}"
+    again = " The same command goes on from here." if resumable else ""
+    return f"Stopped by a signal after step {step} of {total_steps}.{again}"
+
+
 def duration(seconds: Number) -> str:
     """`3:12`, `1:02:03` or `2d 01:02:03`, rounded to seconds and padded to eight characters."""
     if seconds is None:

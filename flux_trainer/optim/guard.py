@@ -103,3 +103,19 @@ class Guard:
         """Live state for a checkpoint."""
         names = ("mean", "accepted", "skipped", "skipped_in_row", "longest_skip")
         return {f"guard.{name}": getattr(self, name) for name in names}
+
+
+def raise_if_skipped_too_often(skips: int, step: int, most: int, *, in_backward: bool) -> None:
+    """SkippedTooOften once `most` steps in a row, or more, were skipped.
+
+    Args:
+        skips: in a row, up to `step`.
+        in_backward: whether each parameter steps by itself, and is skipped by itself.
+    """
+    if skips >= most:
+        where_finite = " where gradients were not finite" if in_backward else ""
+        raise SkippedTooOften(
+            f"{skips} steps in a row were skipped up to step {step}: their gradients were not finite, or "
+            f"jumped (training.spike_factor). The weights are as before them{where_finite}. Lower "
+            "optimizer.lr, or look at the data."
+        )

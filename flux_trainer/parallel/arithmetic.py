@@ -5,6 +5,7 @@ The trainer and the estimate both go by these functions.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from math import prod
 from typing import Literal
 
@@ -81,6 +82,17 @@ def holds_weights(section: Parallelism) -> bool:
     """Whether FSDP keeps the weights it gathered for forward until backward."""
     setting = section.fsdp_reshard_after_forward
     return setting == "never" or (setting == "default" and section.pipeline_parallel_degree > 1)
+
+
+def encodes_ahead(training: Training, sizes: Mapping[str, int]) -> bool:
+    """Whether encoders work on the next batch beside the step, on a mesh of these sizes, on CUDA.
+
+    Not where ranks share a copy of the model, and with it the text encoder: its weights would be gathered
+    beside the collectives of the step. Over the same communicator each would wait for all that were asked for
+    before, the step for the encoder; over several, kernels that wait for each other may not fit on the device
+    together.
+    """
+    return training.encode_ahead and prod(sizes.values()) == sizes["dp_replicate"]
 
 
 def check_heads(model: ModelConfig, degree: int) -> None:

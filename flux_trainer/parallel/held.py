@@ -43,6 +43,7 @@ from dataclasses import dataclass
 import torch
 
 from flux_trainer.config.compute import ActivationCheckpoint
+from flux_trainer.parallel.arithmetic import encodes_ahead
 from flux_trainer.parallel.estimate import Costs, Part, Plan
 from flux_trainer.parallel.remat import policies
 from flux_trainer.parallel.stages import STAGES_PER_RANK
@@ -201,3 +202,9 @@ def samples(p: Plan) -> int:
     features = p.tokens[1] * p.model.context_in_dim + p.model.vec_in_dim
     latents = p.tokens[0] * p.model.in_channels
     return p.micro_batches * p.batch * (2 * latents * wide + features * text)
+
+
+def ahead(p: Plan, encoding: int) -> int:
+    """Bytes that lie beside all parts of a step where encoders work ahead: `encoding`, which they take at
+    their peak, and two more steps' samples. They belong to another stream, so nothing else gets them."""
+    return encoding + 2 * samples(p) if encodes_ahead(p.config.training, p.sizes) else 0

@@ -33,6 +33,23 @@ def test_table_and_json_say_the_same(toml, capsys):
     assert figures["modes"]["full"]["activations"] < figures["modes"]["none"]["activations"]
 
 
+def test_encoders_that_work_ahead_lie_beside_every_part_of_a_step(toml, capsys):
+    def figures(ranks: int, *words: str) -> dict:
+        words = ("--training.local_batch_size=2", "--training.global_batch_size=16", *words)
+        assert main(["estimate", toml, f"--gpus={ranks}", "--json", *words]) == 0
+        return json.loads(capsys.readouterr().out)
+
+    without, ahead = figures(1), figures(1, "--training.encode_ahead")
+    encoding = without["phases"]["encoding"] - without["phases"]["average"] + without["memory"]["ema"]
+    beside = encoding + 2 * without["memory"]["samples"]
+    assert ahead["memory"]["ahead"] == beside
+    assert ahead["phases"].pop("encoding") == without["phases"].pop("encoding") + beside - encoding
+    assert ahead["phases"] == {name: size + beside for name, size in without["phases"].items()}
+    assert figures(2, "--training.encode_ahead")["memory"]["ahead"] == 0, "two ranks share the encoders"
+    assert main(["estimate", toml, "--gpus=1", "--training.encode_ahead"]) == 0
+    assert "the next ones, and encoding them" in capsys.readouterr().out
+
+
 def test_flux2_at_full_size(toml, capsys):
     words = ["estimate", toml, "--gpus", "64", "--json", "--model.flavor=flux2-dev"]
     words += ["--parallelism.tensor_parallel_degree=4", "--training.img_size=1024"]

@@ -429,6 +429,10 @@ def test_remarks_do_not_stop_a_run():
     [line] = check(load(flags).config, 2)
     assert line.startswith("defaults: ema.half_life = 500000 samples are more than the whole run's 8000, ")
     assert check(load(flags).config, None) == []
+    ahead = load(sound("--training.encode_ahead", "--parallelism.data_parallel_replicate_degree=2")).config
+    assert check(ahead, 2) == []
+    [line] = check(ahead, 8)
+    assert "training.encode_ahead = true has no effect where 4 ranks share a copy of the model" in line
 
 
 @pytest.mark.parametrize("path", sorted(ROOT.glob("train_configs/*.toml")), ids=lambda path: path.name)

@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from flux_trainer.metrics.console import duration, training_line, validation_line
+from flux_trainer.metrics.console import duration, ending, training_line, validation_line
 
 READING = {
     "step": 10,
@@ -82,3 +82,10 @@ def test_validation_line():
 )
 def test_duration(seconds, text):
     assert duration(seconds).strip() == text
+
+
+def test_what_is_said_at_the_end():
+    assert ending(600, 600, 3723.4, resumable=True) == "Training completed: step 600 of 600, 1:02:03"
+    stopped = "Stopped by a signal after step 7 of 600."
+    assert ending(7, 600, 60.0, resumable=False) == stopped
+    assert ending(7, 600, 60.0, resumable=True) == f"{stopped} The same command goes on from here."

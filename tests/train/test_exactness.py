@@ -161,11 +161,11 @@ def test_a_step_that_logs_nothing_never_waits_for_the_gpu(tmp_path):
     trainer = TinyTrainer(tiny_config(tmp_path, *low))
     trainer.loader = trainer.build_loader(0)
     for _ in range(3):  # the first step logs, and the first few fill caches
-        trainer.train_step(next(trainer.loader))
+        trainer.train_step(trainer.micro_batches(next(trainer.loader)))
     batch = next(trainer.loader)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        trainer.train_step(batch)
+        trainer.train_step(trainer.micro_batches(batch))
     finally:
         torch.cuda.set_sync_debug_mode("default")
         trainer.loader.close()

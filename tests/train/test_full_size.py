@@ -122,7 +122,7 @@ def one_step(folder: Path, ranks: int, *flags: str, rank: int = 0) -> int:
         gc.disable()  # as `Trainer.train` does; it would take a third of the time
         stack.callback(gc.enable)
         trainer = FullSize(config)
-        trainer.train_step(trainer.batch())
+        trainer.train_step(trainer.micro_batches(trainer.batch()))
     assert trainer.step == 1
     parameters = trainer.parameters.values()
     assert all(isinstance(local(p), FakeTensor) for p in parameters)

@@ -53,10 +53,10 @@ class Broken(TinyTrainer):
     def loss(self, output, micro_batch):
         return super().loss(output, micro_batch) * (math.nan if self.step + 1 in self.broken else 1)
 
-    def train_step(self, batch):
+    def train_step(self, micro_batches):
         if self.step + 1 == self.broken[0]:
             self.before = copy.deepcopy(self.tensors())
-        super().train_step(batch)
+        super().train_step(micro_batches)
         if self.step == self.broken[0]:
             self.after = copy.deepcopy(self.tensors())
 
@@ -98,7 +98,7 @@ def test_a_checkpoint_written_between_too_many_skips_and_their_line_can_go_on(tm
     first.run_validation = lambda: None
     first.loader = first.build_loader(0)
     for _ in range(3):
-        first.train_step(next(first.loader))
+        first.train_step(first.micro_batches(next(first.loader)))
         first.after_step(stopped=False)
     first.loader.close()
     again = TinyTrainer(tiny_config(tmp_path, *flags, "--training.steps=5"))

@@ -41,11 +41,11 @@ def test_a_step_that_logs_nothing_reads_nothing(tmp_path, flavor, refers):
     trainer = TinyTrainer(tiny_config(tmp_path, *flags))
     trainer.loader = trainer.build_loader(0)
     with Reads() as reads:
-        trainer.train_step(next(trainer.loader))
+        trainer.train_step(trainer.micro_batches(next(trainer.loader)))
     assert "aten._local_scalar_dense.default" in reads.seen, "the first step logs"
     for _ in range(2):
         batch = next(trainer.loader)
         with Reads() as reads:
-            trainer.train_step(batch)
+            trainer.train_step(trainer.micro_batches(batch))
         assert reads.seen == []
     trainer.loader.close()
