@@ -6,7 +6,8 @@ this process, on the same weights and files, and what lets one see what it compu
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, replace
 from importlib import import_module
 from importlib.util import find_spec
@@ -68,7 +69,7 @@ class TorchTitan:
         if not fsdp:
             self.trainer.t5_encoder.to(narrow)
             if narrow != torch.float32:
-                self.trainer.train_context = lambda: torch.autocast(device, narrow)
+                self.trainer.train_context = with_autocast(self.trainer.train_context, device, narrow)
         for module in self.model.modules():
             if isinstance(module, torch.nn.RMSNorm):
                 module.eps = NORM_EPS  # torchtitan's is 1e-5, BFL's 1e-6
@@ -185,6 +186,19 @@ def compile_only(model: Any, *, compile_config: Any, **_: Any) -> Any:
     if compile_config.enable:
         import_module(f"{FLUX}.parallelize").apply_compile(model, compile_config)
     return model
+
+
+def with_autocast(
+    context: Callable[[], AbstractContextManager[None]], device: str, dtype: torch.dtype
+) -> Callable[[], AbstractContextManager[None]]:
+    """Its context for forward and backward, and autocast within."""
+
+    @contextmanager
+    def both() -> Iterator[None]:
+        with context(), torch.autocast(device, dtype):
+            yield
+
+    return both
 
 
 def no_memory_monitor(metrics: Any) -> Any:
