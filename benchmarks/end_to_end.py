@@ -158,7 +158,11 @@ def write_samples(folder: Path, size: int) -> dict[str, Path]:
 
 def ours(trainer: FluxTrainer, loader: Iterator[Batch]) -> Contestant:
     parts = [(ENCODERS, trainer, "encode"), (MODEL, trainer, "forward_backward")]
-    return Contestant(OURS, lambda: next(loader), trainer.train_step, parts)
+
+    def train(batch: Batch) -> None:
+        trainer.train_step(trainer.micro_batches(batch))
+
+    return Contestant(OURS, lambda: next(loader), train, parts)
 
 
 def theirs(titan: TorchTitan, name: str) -> Contestant:
