@@ -24,10 +24,12 @@ import sys
 import time
 from dataclasses import dataclass, field, replace
 from datetime import date
+from itertools import count
 from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch._dynamo import lookup_backend, register_backend
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import _disable_current_modes
 
@@ -59,6 +61,7 @@ COMPILED = [
     *({"mode": "memory_budget", "memory_budget": budget} for budget in (0.75, 0.5, 0.25, 0.0)),
 ]
 MIB = 1 << 20
+numbers = count()
 
 
 @dataclass
@@ -162,11 +165,18 @@ def make(weights: FluxModel, settings: dict, compiled: bool) -> Policy:
     blocks = [block for _, block in model.blocks()]
     away = offload.Offload() if section.offload else None
     apply_checkpointing(model.blocks(), section, None if compiled else away)
-    compile_blocks(blocks, Compile(enable=compiled))
+    compile_blocks(blocks, Compile(enable=compiled, backend=own_inductor() if compiled else "inductor"))
     apply_memory_budget(model.blocks(), section)
     if away:
         away.apply(blocks)
     return Policy(section, compiled, model)
+
+
+def own_inductor() -> str:
+    """A new name for inductor. Models share compiled graphs of one backend, whatever their memory budgets."""
+    inductor, name = lookup_backend("inductor"), f"inductor_{next(numbers)}"
+    register_backend(lambda graph, arguments: inductor(graph, arguments), name=name)
+    return name
 
 
 class Unseen(offload.Moved):
