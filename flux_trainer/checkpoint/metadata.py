@@ -2,14 +2,15 @@
 
 `torch.distributed.checkpoint` (DCP) keeps its table of contents in `.metadata`, a pickle, and a pickle can
 run any code when it is read. Here it may only name the few classes such a table is made of. The tensors'
-own files are read by DCP with `weights_only=True`; entries that are not tensors, which it would unpickle
-freely, are refused.
+own files are read with `weights_only=True`; entries that are not tensors, which DCP would unpickle freely,
+are refused.
 """
 
 from __future__ import annotations
 
 import io
 import pickle
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -18,7 +19,8 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint import filesystem, metadata
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
-from torch.distributed.checkpoint.planner import ReadItem
+from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner, ReadItem
+from torch.futures import Future
 
 from flux_trainer.checkpoint.errors import CheckpointError
 
@@ -124,12 +126,46 @@ def _overlap(boxes: list[list[tuple[int, int]]]) -> bool:
 
 
 class SafeReader(filesystem.FileSystemReader):
-    """DCP's reader of folders, with `read_metadata` above in the place of a plain unpickling."""
+    """DCP's reader of folders, with `read_metadata` above in the place of a plain unpickling.
+
+    What lies in a file in one run of bytes is read right into its place, where DCP would read the whole chunk
+    into memory of its own and copy from there.
+    """
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> metadata.Metadata:
         table = read_metadata(Path(self.path))
         table.storage_meta = metadata.StorageMeta(load_id=self.load_id)
         return table
+
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+        others = [item for item in plan.items if not self._read_run(item, planner)]
+        return super().read_data(replace(plan, items=others), planner)
+
+    def _read_run(self, item: ReadItem, planner: LoadPlanner) -> bool:
+        """Read what the item asks for; False, with nothing done, where it is no run of bytes."""
+        place = self.storage_data[item.storage_index]
+        if item.type != LoadItemType.TENSOR or place.transform_descriptors:
+            return False
+        with open(Path(self.path) / place.relative_path, "rb") as file:
+            # On the meta device, torch reads all but the elements, and notes where they begin.
+            part = torch.load(self._slice_file(file, place), map_location="meta", weights_only=True)
+            begin = getattr(part.untyped_storage(), "_checkpoint_offset", None)
+            for dim, (start, size) in enumerate(zip(item.storage_offsets, item.lengths, strict=True)):
+                part = part.narrow(dim, start, size)
+            target = planner.resolve_tensor(item).detach()
+            if begin is None or not part.is_contiguous() or part.shape != target.shape:
+                return False
+            fits = target.is_cpu and target.is_contiguous() and target.dtype == part.dtype
+            values = target if fits else torch.empty_like(part, device="cpu")
+            begin += part.storage_offset() * part.itemsize
+            file.seek(place.offset + begin)
+            content = values.view(-1).view(torch.uint8).numpy().data
+            if begin + part.nbytes > place.length or file.readinto(content) != part.nbytes:
+                raise CheckpointError(f"{item.storage_index.fqn} is cut off in {place.relative_path}")
+        if not fits:
+            target.copy_(values)
+        planner.commit_tensor(item, target)
+        return True
 
     def read_chunk(self, place: filesystem._StorageInfo) -> Tensor | None:
         """The whole tensor at a place, without a second copy of it; None where it is compressed."""

@@ -26,7 +26,7 @@ class DcpFolder:
         Args:
             prefix: only tensors whose names begin so are there, without it.
             ahead: a tensor is read whole and kept until the next one is asked for. For who wants all of it in
-                small boxes: DCP reads whole chunks, however small the box.
+                small boxes: one that is no run of rows is cut out of its whole chunk, however small it is.
 
         Raises:
             WeightsError: a file is missing or cut off, or a tensor is not all there.
