@@ -2,7 +2,8 @@
 check.
 
 A checkpoint is written into `step-N.tmp-x`: every rank syncs its files, the first rank adds `manifest.json`
-with size and SHA-256 of each, and renames the folder to `step-N`. Thus a folder called `step-N` is whole.
+with sizes and SHA-256, and renames the folder to `step-N`. Thus a folder called `step-N` is whole. Files are
+hashed piece by piece, so that threads and ranks can share the work on one file as well as on many.
 What must go is renamed before it is deleted, so that half-deleted folders do not look whole either. Files
 hold what the names say only on a file system that all ranks share.
 """
@@ -12,23 +13,35 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import os
 import re
 import shutil
 import uuid
+from collections.abc import Callable, Collection
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from flux_trainer.checkpoint.errors import CheckpointError, DamagedError
 from flux_trainer.runtime.files import sha256, sync, write_json
 
 MANIFEST = "manifest.json"
-VERSION = 1
+VERSION = 2
+PIECE = 64 * 2**20
+"""Bytes of a file that one hash covers; the last piece has what is left. Part of the format's version."""
 
 _WHOLE = re.compile(r"step-(\d+)")
 _PASSING = re.compile(r"step-(\d+)\.(tmp|old|gone)-\w+")
 
 Manifest = dict[str, dict[str, Any]]
-"""File name -> {"size": bytes, "sha256": hex}."""
+"""File name -> {"size": bytes, "sha256": [hex of each piece]}; a single hash is of the whole file."""
+
+Piece = tuple[str, int]
+"""A file's name, and which of its hashes."""
+
+A = TypeVar("A")
+B = TypeVar("B")
 
 
 def step_folder(folder: Path, step: int) -> Path:
@@ -68,7 +81,9 @@ def seal(path: Path, pattern: str) -> Manifest:
     files = {}
     for file in sorted(path.glob(pattern)):
         sync(file)
-        files[file.name] = {"size": file.stat().st_size, "sha256": sha256(file)}
+        size = file.stat().st_size
+        hashes = _in_threads(partial(sha256, file, size=PIECE), range(0, size or 1, PIECE))
+        files[file.name] = {"size": size, "sha256": hashes}
     return files
 
 
@@ -135,31 +150,51 @@ def read_manifest(path: Path) -> Manifest:
         body = None
     if not isinstance(body, dict) or body.pop("digest", "") != _digest(body):
         raise DamagedError(f"{path} is damaged: {MANIFEST} (content changed).")
-    if body["version"] != VERSION:
+    if not 1 <= body["version"] <= VERSION:
         raise CheckpointError(
             f"{path} has version {body['version']} of the checkpoint format; this trainer reads {VERSION}. "
             "Use the release that wrote it."
         )
-    return body["files"]
+    files: Manifest = body["files"]
+    if body["version"] == 1:  # one hash of each file, as plain text
+        files = {name: {**record, "sha256": [record["sha256"]]} for name, record in files.items()}
+    return files
 
 
-def find_damage(path: Path, files: Manifest) -> list[str]:
-    """What is wrong with those of the manifest's files, as `name (reason)`; empty when nothing is."""
-    damage = []
-    for name, record in files.items():
-        try:
-            size = (path / name).stat().st_size
-            if size != record["size"]:
-                damage.append(f"{name} ({size} bytes, {record['size']} were written)")
-            elif sha256(path / name) != record["sha256"]:
-                damage.append(f"{name} (content changed)")
-        except FileNotFoundError:
-            damage.append(f"{name} (missing)")
-        except OSError as error:
-            if error.errno != errno.EIO:  # anything else is no fault of the file: rights, network
-                raise
-            damage.append(f"{name} (unreadable)")
-    return damage
+def pieces(files: Manifest, rank: int, size: int) -> list[Piece]:
+    """What one of `size` ranks is to check: its share, in one run, of the pieces of all files."""
+    every = [(name, index) for name, record in files.items() for index in range(len(record["sha256"]))]
+    return every[rank * len(every) // size : (rank + 1) * len(every) // size]
+
+
+def find_damage(path: Path, files: Manifest, share: Collection[Piece]) -> set[str]:
+    """What is wrong with files of which these are pieces, as `name (reason)`; empty when nothing is."""
+    return set(filter(None, _in_threads(lambda piece: _damage(path, files, *piece), share)))
+
+
+def _damage(path: Path, files: Manifest, name: str, index: int) -> str | None:
+    written, hashes = files[name]["size"], files[name]["sha256"]
+    try:
+        size = (path / name).stat().st_size
+        if size != written:
+            return f"{name} ({size} bytes, {written} were written)"
+        if sha256(path / name, index * PIECE, PIECE if len(hashes) > 1 else None) != hashes[index]:
+            return f"{name} (content changed)"
+    except FileNotFoundError:
+        return f"{name} (missing)"
+    except OSError as error:
+        if error.errno != errno.EIO:  # anything else is no fault of the file: rights, network
+            raise
+        return f"{name} (unreadable)"
+    return None
+
+
+def _in_threads(work: Callable[[A], B], items: Collection[A]) -> list[B]:
+    """`work` of each item, in order, by this rank's share of the cores; an error is raised here."""
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # torchrun's, on this machine
+    threads = max(1, min(8, (os.cpu_count() or 1) // ranks))
+    with ThreadPoolExecutor(threads) as pool:
+        return list(pool.map(work, items))
 
 
 def _passing(folder: Path, step: int, purpose: str) -> Path:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -34,11 +33,10 @@ def verify(path: Path, group: dist.ProcessGroup | None = None) -> None:
         CheckpointError: `path` is no checkpoint folder of this trainer, or cannot be read.
     """
     files = on_first(group, lambda: commit.read_manifest(path))
-    by_size = sorted(files, key=lambda name: files[name]["size"], reverse=True)
     rank, size = (dist.get_rank(group), dist.get_world_size(group)) if group else (0, 1)
-    share = {name: files[name] for name in by_size[rank::size]}
-    found = together(group, lambda: commit.find_damage(path, share))
-    if damage := sorted(chain.from_iterable(found)):
+    share = commit.pieces(files, rank, size)
+    found = together(group, lambda: commit.find_damage(path, files, share))
+    if damage := sorted(set().union(*found)):
         raise DamagedError(f"{path} is damaged: {', '.join(damage)}.")
     if extra := {file.name for file in path.iterdir()} - {commit.MANIFEST, *files}:
         logger.warning(f"{path} holds files that the trainer did not write: {', '.join(sorted(extra))}")

@@ -1,7 +1,10 @@
 """Which folders count as checkpoints, and how damage to their files is found."""
 
+import errno
+import hashlib
 import json
 import logging
+from itertools import chain
 
 import pytest
 
@@ -60,7 +63,7 @@ def test_files_that_only_another_machine_sees_are_noticed(tmp_path):
     with pytest.raises(
         CheckpointError, match=r"__3_0\.distcp was written by another rank .* all ranks share"
     ):
-        commit.publish(path, 1, {"__3_0.distcp": {"size": 1, "sha256": ""}})
+        commit.publish(path, 1, {"__3_0.distcp": {"size": 1, "sha256": [""]}})
     assert commit.whole_steps(tmp_path) == []
 
 
@@ -78,6 +81,87 @@ def test_one_flipped_bit_anywhere_is_found(tmp_path, name):
             verify(path)
     (path / name).write_bytes(content)
     verify(path)
+
+
+CONTENT = bytes(range(20))
+
+
+@pytest.mark.parametrize("piece", [1, 7, 16, 32, 33, 1000])
+def test_damage_in_any_piece_of_one_file_among_many_is_named_once(tmp_path, monkeypatch, piece):
+    monkeypatch.setattr(commit, "PIECE", piece)
+    path = make(tmp_path, 1, CONTENT)
+    hashes = commit.read_manifest(path)["__0_0.distcp"]["sha256"]
+    content = CONTENT + b"__0_0.distcp"
+    parts = [content[start : start + piece] for start in range(0, len(content), piece)]
+    assert hashes == [hashlib.sha256(part).hexdigest() for part in parts]
+    verify(path)
+    for position in range(len(content)):
+        broken = bytearray(content)
+        broken[position] ^= 1
+        (path / "__0_0.distcp").write_bytes(broken)
+        with pytest.raises(DamagedError, match=r"step-1 is damaged: __0_0\.distcp \(content changed\)\.$"):
+            verify(path)
+    (path / "__0_0.distcp").write_bytes(bytes(len(content)))  # damaged in every piece
+    with pytest.raises(DamagedError, match=r"step-1 is damaged: __0_0\.distcp \(content changed\)\.$"):
+        verify(path)
+
+
+def test_empty_files_are_looked_at_too(tmp_path):
+    path = commit.new_folder(tmp_path, 1)
+    (path / STATE).touch()
+    commit.publish(path, 1, commit.seal(path, "*"))
+    path = commit.step_folder(tmp_path, 1)
+    verify(path)
+    (path / STATE).unlink()
+    with pytest.raises(DamagedError, match=r"state\.json \(missing\)"):
+        verify(path)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5, 40])
+def test_ranks_share_the_pieces_evenly(tmp_path, monkeypatch, size):
+    monkeypatch.setattr(commit, "PIECE", 7)
+    files = commit.read_manifest(make(tmp_path, 1, CONTENT))
+    shares = [commit.pieces(files, rank, size) for rank in range(size)]
+    assert list(chain.from_iterable(shares)) == commit.pieces(files, 0, 1)
+    assert sum(map(len, shares)) == sum(-(-record["size"] // 7) for record in files.values())
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+def test_errors_of_hashing_reach_the_caller(tmp_path, monkeypatch):
+    """A bad sector is damage; what is no fault of the file is raised, and nobody renames the checkpoint."""
+    monkeypatch.setattr(commit, "PIECE", 7)
+    path = make(tmp_path, 1, CONTENT)
+    number, sha256 = errno.EIO, commit.sha256
+
+    def failing(file, start, size):
+        if file.name == "__0_0.distcp" and start == 14:
+            raise OSError(number, "cannot read this", str(file))
+        return sha256(file, start, size)
+
+    monkeypatch.setattr(commit, "sha256", failing)
+    with pytest.raises(DamagedError, match=r"step-1 is damaged: __0_0\.distcp \(unreadable\)\.$"):
+        verify(path)
+    number = errno.EACCES
+    with pytest.raises(CheckpointError, match=r"cannot read this: .*__0_0\.distcp") as caught:
+        verify(path)
+    assert not isinstance(caught.value, DamagedError)
+
+
+def test_checkpoints_of_version_1_have_one_hash_of_each_file(tmp_path, monkeypatch):
+    path = make(tmp_path, 1, CONTENT)
+    files = {
+        name: {"size": record["size"], "sha256": hashlib.sha256((path / name).read_bytes()).hexdigest()}
+        for name, record in commit.read_manifest(path).items()
+    }
+    with monkeypatch.context() as then:
+        then.setattr(commit, "VERSION", 1)
+        commit.write_manifest(path, 1, files)
+    monkeypatch.setattr(commit, "PIECE", 7)
+    verify(path)
+    content = (path / "__0_0.distcp").read_bytes()
+    (path / "__0_0.distcp").write_bytes(content[:-1] + b"!")
+    with pytest.raises(DamagedError, match=r"__0_0\.distcp \(content changed\)"):
+        verify(path)
 
 
 def test_all_damage_is_named(tmp_path):
@@ -103,7 +187,7 @@ def test_a_folder_of_something_else_and_of_a_later_release_say_so(tmp_path, monk
     path = make(tmp_path, 1)
     monkeypatch.setattr(commit, "VERSION", 0)
     with pytest.raises(
-        CheckpointError, match="has version 1 of the checkpoint format; this trainer reads 0"
+        CheckpointError, match="has version 2 of the checkpoint format; this trainer reads 0"
     ) as caught:
         verify(path)
     assert not isinstance(caught.value, DamagedError)  # nobody must rename it
@@ -111,11 +195,11 @@ def test_a_folder_of_something_else_and_of_a_later_release_say_so(tmp_path, monk
 
 def test_the_manifest_is_plain_json_with_sizes_and_hashes(tmp_path):
     manifest = json.loads((make(tmp_path, 7) / commit.MANIFEST).read_text())
-    assert manifest["version"] == 1
+    assert manifest["version"] == 2
     assert manifest["step"] == 7
     assert set(manifest["files"]) == {METADATA, STATE, "__0_0.distcp"}
     assert manifest["files"][STATE]["size"] == 10 + len(STATE)
-    assert len(manifest["files"][STATE]["sha256"]) == 64
+    assert [len(text) for text in manifest["files"][STATE]["sha256"]] == [64]
 
 
 def test_set_aside_never_overwrites(tmp_path):

@@ -61,6 +61,13 @@ def test_sha256_is_that_of_the_whole_content(tmp_path, size):
     assert files.sha256(tmp_path / "file") == hashlib.sha256(content).hexdigest()
 
 
+@pytest.mark.parametrize(("start", "size"), [(0, 5), (3, files._CHUNK + 3), (7, 2**40), (2**40, 1), (4, 0)])
+def test_sha256_of_a_piece(tmp_path, start, size):
+    content = bytes(i % 251 for i in range(1000)) * (files._CHUNK // 500)
+    (tmp_path / "file").write_bytes(content)
+    assert files.sha256(tmp_path / "file", start, size) == hashlib.sha256(content[start:][:size]).hexdigest()
+
+
 def test_ensure_space_says_how_much_is_missing(tmp_path):
     files.ensure_space(tmp_path, 1)
     with pytest.raises(OSError, match=r"needs 1e\+09 GB and its disk has .* left\. Make room") as caught:
