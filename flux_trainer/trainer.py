@@ -31,7 +31,7 @@ from flux_trainer.hub import distilled
 from flux_trainer.hub.export import check_export, export
 from flux_trainer.hub.load import load_weights
 from flux_trainer.hub.weights import note
-from flux_trainer.metrics.console import ending, training_line
+from flux_trainer.metrics.console import ending, nothing_left, training_line
 from flux_trainer.metrics.memory import memory_readings
 from flux_trainer.metrics.meter import Meter
 from flux_trainer.metrics.peak import device_peak_flops
@@ -93,9 +93,8 @@ class Trainer(ABC):
             model, distributions = self.build_model()
         self.architecture = model.config
         check_export(config.checkpoint.export, self.architecture)
-        check_backend(
-            config.attention.backend, self.device, self.compute_dtype, model.config.head_dim, training=True
-        )
+        backend, head_dim = config.attention.backend, model.config.head_dim
+        check_backend(backend, self.device, self.compute_dtype, head_dim, training=True)
         size = sum(p.numel() for p in model.parameters())
         self.parallel = parallelize(
             model,
@@ -190,10 +189,7 @@ class Trainer(ABC):
         """Train to the last step or until a signal asks to stop; with checkpoints on, save that state."""
         training = self.config.training
         if self.step >= training.steps:
-            logger.info(
-                f"Nothing left to do: {self.dump_folder} is at step {self.step} of {training.steps}. "
-                "Raise --training.steps, or choose another --job.dump_folder for a fresh run."
-            )
+            logger.info(nothing_left(self.dump_folder, self.step, training.steps))
             self.finish()
             return
         self.loader = self.build_loader(self.samples_seen)
@@ -371,9 +367,8 @@ class Trainer(ABC):
             self.guard.longest_skip.zero_()  # or a run saved amid skips would stop at its first line
             logger.info(f"Resumed from step {self.step}")
             return
-        if section.initial_load_path:
-            parameters = {name: p.detach() for name, p in self.parameters.items()}
-            path, group = section.initial_load_path, self.world.checkpoint
+        if path := section.initial_load_path:
+            parameters, group = {n: p.detach() for n, p in self.parameters.items()}, self.world.checkpoint
             what = load_weights(path, parameters, group, self.layouts, config=self.architecture)
             logger.info(f"Started from weights: {what}")
             if self.world.rank == 0 and (told := distilled.warning(self.config.model.flavor, path)):

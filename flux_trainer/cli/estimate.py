@@ -114,7 +114,7 @@ def estimate(config: JobConfig, world_size: int) -> dict[str, Any]:
         scratch = m.parameters if all_at_once else 0
         return {
             "encoding": always + (0 if beside else frozen.encoding),
-            "forward and backward": always + m.training - m.stored + samples(p),
+            "forward and backward": always + m.training - m.stored + (0 if beside else samples(p)),
             "optimizer": always + m.gradients + scratch,
             "average": always + m.ema,  # of the differences
         }

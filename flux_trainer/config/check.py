@@ -9,13 +9,12 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from flux_trainer.config import toml
+from flux_trainer.config import check_compute, toml
 from flux_trainer.config.files import Finding, missing_files, missing_for_pictures
 from flux_trainer.config.pictures import SEED_LIMIT, parse_size
 from flux_trainer.config.problems import ConfigError, origin_of
 from flux_trainer.config.schema import FAMILIES, JobConfig
 
-_POLICIES = ("", "none", "full", "selective", "attention", "memory_budget", "op")
 _BITS = {"bfloat16": 16, "float32": 32, "float64": 64}
 
 
@@ -51,7 +50,7 @@ def check_generation(
 ) -> None:
     """As `check`, for drawing pictures with the settings: those of data and training do not matter."""
     findings = [*_model(config), *_parallelism(config, world_size), *_references(config), *_inference(config)]
-    findings += _attention(config)
+    findings += check_compute.attention(config)
     findings += missing_for_pictures(config)
     if findings:
         raise ConfigError([_line(config, finding, origins or {}) for finding in findings])
@@ -276,73 +275,6 @@ def _inference(config: JobConfig) -> Iterator[Finding]:
         yield "inference.seed", f"is too large; the seeds of all pictures lie below 2^56 = {SEED_LIMIT}"
 
 
-def _recompute_and_compile(config: JobConfig) -> Iterator[Finding]:
-    option = config.activation_checkpoint.selective_ac_option
-    if option != "op" and not (option.isdecimal() and int(option) >= 1):
-        yield (
-            "activation_checkpoint.selective_ac_option",
-            'is not a valid choice; expected "op" or a number such as "2"',
-        )
-    section = config.activation_checkpoint
-    for kind in ("double_blocks", "single_blocks"):
-        policy = getattr(section, kind)
-        if policy not in _POLICIES and not (policy.isdecimal() and int(policy) >= 1):
-            yield (
-                f"activation_checkpoint.{kind}",
-                f'is not a valid choice; expected {", ".join(_POLICIES[1:])}, or a number such as "2"',
-            )
-    compiled = config.compile.enable and "model" in config.compile.components
-    for key in ("mode", "double_blocks", "single_blocks"):
-        if getattr(section, key) == "memory_budget" and not compiled:
-            yield (
-                f"activation_checkpoint.{key}",
-                'needs compile.enable = true with "model" in compile.components: the compiler is what keeps '
-                "the budget",
-            )
-    if config.compile.enable and not config.compile.components:
-        yield "compile.components", 'is empty, so compile.enable has nothing to do; name "model" or "loss"'
-
-
-def _attention(config: JobConfig) -> Iterator[Finding]:
-    """What is wrong on every device; `models.backends.check_backend` knows the one at hand."""
-    key, backend = "attention.backend", config.attention.backend
-    dtype = config.training.mixed_precision_param
-    if backend == "cudnn" and dtype != "bfloat16":
-        yield key, f'computes in bfloat16, not in training.mixed_precision_param = "{dtype}"; take "auto"'
-    if backend in ("efficient", "flex") and dtype == "float64":
-        yield key, 'does not take training.mixed_precision_param = "float64"; take "math" or "auto"'
-    if backend == "cudnn" and config.debug.deterministic:
-        yield key, 'does not go with debug.deterministic = true; take "flash" or "auto"'
-
-
-def _flex(config: JobConfig) -> Iterator[Finding]:
-    """Selective checkpointing sees a compiled attention where the whole block is compiled, and not alone."""
-    section, compiled = config.activation_checkpoint, config.compile.enable
-    compiled = compiled and "model" in config.compile.components
-    used = {section.double_blocks or section.mode, section.single_blocks or section.mode}
-    kept = used & {"op", "attention"} or ("selective" in used and section.selective_ac_option == "op")
-    if config.attention.backend == "flex" and kept and not compiled:
-        yield (
-            "attention.backend",
-            'needs compile.enable = true with "model" in compile.components where activation checkpointing '
-            'keeps single results (selective op, attention); or set activation_checkpoint.mode to "full" or '
-            '"none"',
-        )
-
-
-def _quantize(config: JobConfig) -> Iterator[Finding]:
-    if config.quantize.linears == "none":
-        return
-    key = f'quantize.linears = "{config.quantize.linears}"'
-    if config.training.mixed_precision_param != "bfloat16":
-        yield "training.mixed_precision_param", f'does not go with {key}, which takes "bfloat16"'
-    if config.parallelism.tensor_parallel_degree > 1:
-        yield (
-            "parallelism.tensor_parallel_degree",
-            f"does not go with {key}; use FSDP alone, or context parallelism",
-        )
-
-
 def _checkpoint(config: JobConfig) -> Iterator[Finding]:
     section = config.checkpoint
     if section.load_step < -1:
@@ -370,10 +302,10 @@ _CHECKS: tuple[Callable[[JobConfig], Iterator[Finding]], ...] = (
     _references,
     _validation,
     _inference,
-    _recompute_and_compile,
-    _attention,
-    _flex,
-    _quantize,
+    check_compute.recompute_and_compile,
+    check_compute.attention,
+    check_compute.flex,
+    check_compute.quantize,
     _checkpoint,
     _profiling,
 )

@@ -15,5 +15,6 @@ def of_a_run(config: JobConfig) -> dict[str, Any]:
 
 def of_pictures(config: JobConfig) -> dict[str, Any]:
     """Those of drawing, besides what is ordered."""
-    sections: dict[str, Any] = dict.fromkeys(("model", "encoder", "training", "parallelism"), True)
+    names = ("model", "encoder", "training", "parallelism", "attention", "compile")
+    sections: dict[str, Any] = dict.fromkeys(names, True)
     return config.model_dump(mode="json", include={**sections, "inference": {"ema", "local_batch_size"}})

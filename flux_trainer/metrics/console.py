@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 
 RESET = "\033[0m"
 COLORS = {
@@ -55,6 +56,14 @@ def ending(step: int, total_steps: int, seconds: float, resumable: bool) -> str:
         return f"Training completed: step {step} of {total_steps}, {duration(seconds).strip()}"
     again = " The same command goes on from here." if resumable else ""
     return f"Stopped by a signal after step {step} of {total_steps}.{again}"
+
+
+def nothing_left(dump_folder: Path, step: int, total_steps: int) -> str:
+    """What is said of a run that is complete already."""
+    return (
+        f"Nothing left to do: {dump_folder} is at step {step} of {total_steps}. Raise --training.steps, or "
+        "choose another --job.dump_folder for a fresh run."
+    )
 
 
 def duration(seconds: Number) -> str:

@@ -28,7 +28,7 @@ def timestep_embedding(t: Tensor, dim: int = 256, max_period: float = 10000.0) -
 
 
 class Linear(nn.Linear):
-    """A linear layer, of whose gradient CPUs make less work (`on_cpu`)."""
+    """A linear layer for many tokens: CPUs make less work of its gradient (`on_cpu`)."""
 
     def forward(self, x: Tensor) -> Tensor:
         return on_cpu.linear(x, self.weight, self.bias)

@@ -14,7 +14,7 @@ from flux_trainer.config.compute import ActivationCheckpoint, Attention, Compile
 from flux_trainer.models.backends import attention_by
 from flux_trainer.models.blocks import Attention as Attend
 from flux_trainer.models.model import FluxModel
-from flux_trainer.parallel.arithmetic import check_heads, context_method, cuts, holds_weights
+from flux_trainer.parallel.arithmetic import check_heads, check_ring, context_method, cuts, holds_weights
 from flux_trainer.parallel.cast import read_as
 from flux_trainer.parallel.compile import compile_blocks
 from flux_trainer.parallel.context import ContextParallel
@@ -85,8 +85,11 @@ def parallelize(
             dtype=param_dtype,
             hold=hold,
         )
-    attend = attention_by(attention.backend if attention else "auto")
+    backend = attention.backend if attention else "auto"
+    attend = attention_by(backend)
     context = context_parallel(parallelism, mesh, model.config.num_heads, attend)
+    if context:
+        check_ring(context.method, backend)
     layouts: dict[str, Layout] = {}
     parts = pipeline.parts if pipeline else [model]
     for part in parts:

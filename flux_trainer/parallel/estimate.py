@@ -27,6 +27,7 @@ from flux_trainer.models.attention import rope_table
 from flux_trainer.models.backends import attention_by
 from flux_trainer.models.configs import ModelConfig
 from flux_trainer.models.model import FluxModel, State
+from flux_trainer.models.on_cpu import as_elsewhere
 from flux_trainer.parallel import offload
 from flux_trainer.parallel.apply import context_parallel, use_attention
 from flux_trainer.parallel.arithmetic import (
@@ -52,9 +53,6 @@ MODES = {
     "attention": ActivationCheckpoint(mode="attention"),
     "full": ActivationCheckpoint(mode="full"),
 }
-ON_A_CPU = ("auto", "flash", "math")
-"""Backends of attention that run here; each of the others keeps what flash does, its result and its
-log-sum-exps."""
 Costs = dict[str, dict[str, Cost]]
 """One micro-batch's, by policy of checkpointing, then by kind of block, "embedders" and "head"."""
 
@@ -237,14 +235,16 @@ def _costs(p: Plan, mesh: Mesh | None, policy: str) -> dict[str, Cost]:
     if mesh and mesh.tp:
         tensor_parallel(model.blocks(), mesh.tp)
     blocks = [block for _, block in model.blocks()]
-    attend = attention_by(p.config.attention.backend if p.config.attention.backend in ON_A_CPU else "flash")
+    attend = attention_by(
+        "math" if p.config.attention.backend == "math" else "flash"
+    )  # the others keep as much
     context = context_parallel(p.config.parallelism, mesh, p.model.num_heads, attend) if mesh else None
     if context:
         context.begin(p.tokens[1], p.tokens[0] - p.references, context.padded(p.references))
     use_attention(blocks, context.attention if context else attend)
     mode = "selective" if policy == "op" else policy
     apply_checkpointing(model.blocks(), ActivationCheckpoint.model_validate({"mode": mode}))
-    with FakeTensorMode():
+    with FakeTensorMode(), as_elsewhere():
         weights = {name: _present(p, end) for name, end in ends.items()}
         state = _state(p, ends["embedders"])
         of_double, of_single = (tuple(map(_leaf, each)) for each in model.modulations(state))

@@ -206,5 +206,5 @@ def samples(p: Plan) -> int:
 
 def ahead(p: Plan, encoding: int) -> int:
     """Bytes that lie beside all parts of a step where encoders work ahead: `encoding`, which they take at
-    their peak, and two more steps' samples. They belong to another stream, so nothing else gets them."""
-    return encoding + 2 * samples(p) if encodes_ahead(p.config.training, p.sizes) else 0
+    their peak, and three steps' samples. They belong to another stream, so nothing else gets them."""
+    return encoding + 3 * samples(p) if encodes_ahead(p.config.training, p.sizes) else 0

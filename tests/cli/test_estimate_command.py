@@ -41,9 +41,11 @@ def test_encoders_that_work_ahead_lie_beside_every_part_of_a_step(toml, capsys):
 
     without, ahead = figures(1), figures(1, "--training.encode_ahead")
     encoding = without["phases"]["encoding"] - without["phases"]["average"] + without["memory"]["ema"]
-    beside = encoding + 2 * without["memory"]["samples"]
+    samples = without["memory"]["samples"]
+    beside = encoding + 3 * samples
     assert ahead["memory"]["ahead"] == beside
     assert ahead["phases"].pop("encoding") == without["phases"].pop("encoding") + beside - encoding
+    without["phases"]["forward and backward"] -= samples  # they are among those beside
     assert ahead["phases"] == {name: size + beside for name, size in without["phases"].items()}
     assert figures(2, "--training.encode_ahead")["memory"]["ahead"] == 0, "two ranks share the encoders"
     assert main(["estimate", toml, "--gpus=1", "--training.encode_ahead"]) == 0

@@ -195,7 +195,6 @@ def test_flex_alone_makes_a_kernel_for_pictures_on_a_cpu():
         ("cudnn", True, '"cudnn" runs on CUDA alone, not on cpu; take "auto"'),
         ("efficient", False, '"efficient" runs on CUDA alone, not on cpu; take "auto"'),
         ("flex", True, '"flex" has no backward on cpu; take "auto"'),
-        ("xformers", True, '"xformers" is none of auto, cudnn, flash, efficient, flex, math'),
     ],
 )
 def test_what_a_cpu_cannot_run_is_refused(name, training, words):

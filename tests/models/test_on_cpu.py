@@ -58,6 +58,27 @@ def test_linear_of_frozen_parts():
     assert [p.grad is None for p in (x, weight, bias)] == [False, True, False]
 
 
+def test_linear_keeps_what_backward_needs():
+    """A frozen weight needs no input, an input without gradient no weight."""
+    x, weight = normal(40, 8), normal(16, 8, seed=1)
+    for arguments, kept in (((x, weight.detach()), [weight]), ((x.detach(), weight), [x])):
+        saved = []
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda t, saved=saved: saved.append(t) or t, lambda t: t
+        ):
+            on_cpu.linear(*arguments, None)
+        assert [t.shape for t in saved] == [t.shape for t in kept]
+
+
+def test_a_cpu_can_go_the_way_of_other_devices():
+    q = normal(1, 130, 2, 16)
+    with on_cpu.as_elsewhere(), Names() as names:
+        gradients(attention, q, q, q)
+        gradients(on_cpu.linear, normal(40, 8), normal(16, 8, seed=1), None)
+    assert "_scaled_dot_product_flash_attention_for_cpu_backward" in names.found
+    assert "copy_" not in names.found  # of strips
+
+
 def test_the_gradient_is_laid_out_as_its_weight():
     """Or adding it up would copy it."""
     for rows in (1, 100):
