@@ -174,7 +174,8 @@ def test_a_foreign_checkpoint_is_not_trusted_for_its_content(tmp_path, config, c
 
 
 SLOW_WRITE = """
-import sys, time
+import signal, sys, time
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # or tests under nohup would ignore it, and so would the command
 from flux_trainer.hub import write
 copy = write._copy
 def slow(*args):
