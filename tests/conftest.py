@@ -27,3 +27,11 @@ def flavors():
     yield
     FLAVORS.clear()
     FLAVORS.update(before)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def process_group():
+    """Trainers in a test's own process leave theirs for the next test; the next file begins without."""
+    yield
+    if (distributed := sys.modules.get("torch.distributed")) and distributed.is_initialized():
+        distributed.destroy_process_group()

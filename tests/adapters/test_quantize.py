@@ -23,13 +23,6 @@ KINDS = ["float8", "float8_rowwise", "mxfp8"]
 FAMILIES = {"flux1": small(), "flux2": small2()}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def process_group():
-    yield
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
-
-
 def build(family: str, linears: str = "none"):
     """A model in bfloat16 with random weights, and what it takes for two samples of 16 + 16 tokens."""
     torch.manual_seed(0)

@@ -17,13 +17,6 @@ FLAGS = ["--training.max_norm=0", "--training.global_batch_size=4", *(f"--traini
 IN_BACKWARD = "--optimizer.in_backward"
 
 
-@pytest.fixture(scope="module", autouse=True)
-def process_group():
-    yield
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
-
-
 def net(width: int = 5) -> nn.Sequential:
     torch.manual_seed(0)
     return nn.Sequential(*(nn.Linear(width, width) for _ in range(4)))

@@ -18,13 +18,6 @@ from flux_trainer.parallel.arithmetic import encodes_ahead
 from flux_trainer.runtime.ahead import one_ahead
 
 
-@pytest.fixture(scope="module", autouse=True)
-def process_group():
-    yield
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
-
-
 class Ahead(TinyTrainer):
     """Works ahead on a CPU, too, where a test has put streams of its own; stops after step `last`."""
 

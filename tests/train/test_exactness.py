@@ -9,13 +9,6 @@ from PIL import Image
 from flux_trainer.checkpoint.errors import CheckpointError
 
 
-@pytest.fixture(scope="module", autouse=True)
-def process_group():
-    yield
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
-
-
 def column(run, key):
     return [line[key] for line in run["lines"] if key in line]
 

@@ -21,13 +21,6 @@ from flux_trainer.data.bad import DataError
 from flux_trainer.optim.guard import SkippedTooOften
 
 
-@pytest.fixture(scope="module", autouse=True)
-def process_group():
-    yield
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
-
-
 def test_too_many_bad_samples_end_the_run(tmp_path):
     images = tmp_path / "images"
     images.mkdir()

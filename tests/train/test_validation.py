@@ -19,13 +19,6 @@ VALIDATION = [
 ]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def process_group():
-    yield
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
-
-
 def figures(run):
     return [line for line in run["lines"] if "validation_loss" in line]
 
