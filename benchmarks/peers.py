@@ -35,6 +35,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from flux_trainer.config.compute import Compile
 from flux_trainer.hub.families import family_of
+from flux_trainer.models import on_cpu
 from flux_trainer.models.keys import Entries, Layout, shapes, sources
 from flux_trainer.models.layers import NORM_EPS
 from flux_trainer.models.model import FluxModel
@@ -254,6 +255,8 @@ class Products(TorchDispatchMode):
         super().__init__()
         self.found: list[tuple[Tensor, Tensor]] = []
         """Stand-ins, shared between products of the same shapes."""
+        self.by_onednn: list[tuple[Tensor, Tensor]] = []
+        """Likewise, of those that ask for it: the second is W of x W^T."""
         self._known: dict[Any, Tensor] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -262,6 +265,8 @@ class Products(TorchDispatchMode):
             self.add(args[0], args[1])
         elif func is aten.addmm.default:
             self.add(args[1], args[2])
+        elif on_cpu.product is not None and func is on_cpu.product.default:
+            self.by_onednn.append((self._stand_in(args[0]), self._stand_in(args[1])))
         elif func is aten._scaled_dot_product_flash_attention_for_cpu.default:
             q, k, v = (x.flatten(0, 1) for x in args[:3])  # [B H, L, D]
             scores = q.new_empty(len(q), q.shape[1], k.shape[1])
@@ -301,6 +306,8 @@ def products(ours: Contestant, probe: Tensor) -> Callable[[], None]:
     def run() -> None:
         for a, b, result in todo:
             torch.matmul(a, b, out=result)
+        for x, weight in products.by_onednn:
+            on_cpu.product(x, weight, None, "none", [], "")
 
     return run
 

@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from flux_trainer.models import on_cpu
+
 
 def plain_modulated_norm(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
     return (1 + scale) * F.layer_norm(x, x.shape[-1:], eps=eps) + shift
@@ -151,7 +153,7 @@ def plain_gelu(x: Tensor) -> Tensor:
 
 def gelu(x: Tensor) -> Tensor:
     """GELU in its tanh form (Hendrycks and Gimpel, 2016)."""
-    return plain_gelu(x) if torch.compiler.is_compiling() else F.gelu(x, approximate="tanh")
+    return (plain_gelu if torch.compiler.is_compiling() else on_cpu.gelu)(x)
 
 
 def plain_swiglu(gate: Tensor, up: Tensor) -> Tensor:

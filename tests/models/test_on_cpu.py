@@ -1,4 +1,4 @@
-"""Gradients that CPUs compute another way: as exact as torch's, or known by how much less."""
+"""What CPUs compute another way: as exact as torch's, or known by how much less."""
 
 import pytest
 import torch
@@ -29,15 +29,30 @@ def errors(got, exact):
 
 
 class Names(TorchDispatchMode):
-    """Of the operators that run."""
+    """Of the operators that run, with the strides of the tensor they are given first."""
 
     def __init__(self):
         super().__init__()
-        self.found = set()
+        self.found = {}
 
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
-        self.found.add(op.overloadpacket.__name__)
+        first = args[0] if args and isinstance(args[0], torch.Tensor) else None
+        self.found.setdefault(op.overloadpacket.__name__, []).append(first is not None and first.stride())
         return op(*args, **(kwargs or {}))
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    """Which else gives up on a function that it has compiled eight times."""
+    torch._dynamo.reset()
+
+
+@pytest.fixture
+def two_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("compiled", [False, True], ids=("", "compiled"))
@@ -92,6 +107,89 @@ def test_transposed(shape):
     x = normal(*shape).detach()
     assert torch.equal(on_cpu.transposed(x), x.t())
     assert on_cpu.transposed(x).is_contiguous()
+
+
+@pytest.mark.slow
+def test_compiled_products_have_rows_first():
+    """The compiler is free to choose strides: dy^T [80, 64] must not become columns again."""
+    arguments = (normal(64, 48), normal(80, 48, seed=1), normal(80, seed=2))
+    y = torch.compile(on_cpu.linear)(*arguments)
+    with Names() as names:
+        torch.autograd.grad(y, arguments, torch.ones_like(y))
+    assert names.found["mm"] == [(80, 1), (64, 1)]
+
+
+@pytest.mark.parametrize("bias", [True, False], ids=("", "no bias"))
+@pytest.mark.parametrize("shape", [(100, 48), (2, 50, 48)])
+def test_wide_linear_in_float32(two_threads, shape, bias):
+    """Of an input that is not dense, as the tokens of one stream are after the joint attention."""
+    weight = normal(80, 48, seed=1)
+
+    def values_and_gradients(function, dtype=torch.float32):
+        x, w, b = (t.detach().to(dtype).requires_grad_() for t in (wider, weight, normal(80, seed=2)))
+        y = function(x[..., 3:-3, :], w, b if bias else None)
+        probe = normal(*y.shape, seed=9, dtype=dtype).detach()
+        return y, *torch.autograd.grad(y, (x, w, b) if bias else (x, w), probe)
+
+    wider = normal(*shape[:-2], shape[-2] + 6, shape[-1])
+    with Names() as names:
+        ours = values_and_gradients(on_cpu.linear)
+    assert "_linear_pointwise" in names.found
+    exact = values_and_gradients(F.linear, torch.float64)
+    of_ours, of_torchs = errors(ours, exact), errors(values_and_gradients(F.linear), exact)
+    assert all(a <= 1.5 * b + 1e-7 for a, b in zip(of_ours, of_torchs, strict=True)), (of_ours, of_torchs)
+
+
+@pytest.mark.parametrize(
+    ("shape", "out", "threads"),
+    [((100, 48), 40, 2), ((8, 48), 80, 2), ((100, 48), 80, 1)],
+    ids=("narrow", "few rows", "one thread"),
+)
+def test_other_linears_in_float32_are_torchs(two_threads, shape, out, threads):
+    torch.set_num_threads(threads)
+    arguments = (normal(*shape), normal(out, shape[-1], seed=1), None)
+    with Names() as names:
+        got = gradients(on_cpu.linear, *arguments, dtype=torch.float32)
+    assert "_linear_pointwise" not in names.found
+    for a, b in zip(got, gradients(F.linear, *arguments, dtype=torch.float32), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_compiled_linears_in_float32_are_torchs(two_threads):
+    """So that the compiler sees what it knows."""
+    found = []
+
+    def backend(graph, _):
+        found.extend(str(node.target) for node in graph.graph.nodes)
+        return graph
+
+    x, weight = normal(100, 48, dtype=torch.float32), normal(80, 48, seed=1, dtype=torch.float32)
+    torch.compile(on_cpu.linear, backend=backend)(x, weight, None)
+    assert any("linear" in name for name in found)
+    assert not any("pointwise" in name for name in found)
+
+
+def test_gelu_in_float32():
+    """Of a section of a fused linear's output, and far out."""
+    x = normal(2, 30, 3000, dtype=torch.float32).detach()[..., 500:].mul(4)
+    x[0, 0, :6] = torch.tensor([0.0, -0.0, 1e10, -1e10, 40, -40])
+
+    def of(function, dtype):
+        x_ = x.to(dtype).requires_grad_()
+        y = function(x_)
+        return y, *torch.autograd.grad(y, x_, torch.ones_like(y))
+
+    with Names() as names:
+        ours = of(on_cpu.gelu, torch.float32)
+    assert "sigmoid_" in names.found
+    exact = of(torch_gelu, torch.float64)
+    of_ours, of_torchs = errors(ours, exact), errors(of(torch_gelu, torch.float32), exact)
+    assert all(a <= 1.2 * b + 1e-7 for a, b in zip(of_ours, of_torchs, strict=True)), (of_ours, of_torchs)
+    torch.testing.assert_close(ours[0].double(), exact[0], atol=2e-6, rtol=2e-6)
+
+
+def torch_gelu(x):
+    return F.gelu(x, approximate="tanh")
 
 
 @pytest.mark.parametrize("length", [130, 300])

@@ -81,7 +81,7 @@ class Ops(TorchDispatchMode):
     """Counts operators by what they are."""
 
     KINDS = (
-        ("product", ("mm.default", "addmm.default")),
+        ("product", ("mm.default", "addmm.default", "_linear_pointwise.default")),
         ("attention", ("flash_attention_for_cpu.default", "_softmax.default")),
         ("norm", ("native_layer_norm.default",)),
         ("activation", ("gelu.default", "silu.default")),
@@ -122,9 +122,12 @@ AGAIN = {
 }
 
 
+@pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("away", [False, True], ids=("", "offload"))
 @pytest.mark.parametrize(("family", "name"), AGAIN)
-def test_what_is_computed_again(family, name, away):
+def test_what_is_computed_again(family, name, away, threads):
+    """With two threads, a CPU multiplies by another operator."""
+    torch.set_num_threads(threads)
     plain, again = Ops(), Ops()
     gradients(build(family, {"mode": "none"}), count=plain)
     gradients(build(family, SECTIONS[name] | {"offload": away}), count=again)
