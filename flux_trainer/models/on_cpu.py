@@ -1,19 +1,21 @@
 """What CPUs compute faster than torch has it, by other ways to the same products.
 
-In bfloat16, two gradients:
+In bfloat16:
 
-    linear      torch hands dy^T to the product that makes dW = dy^T x as it lies, in columns. Products whose
-                first operand lies in rows take so much less time that it pays to transpose dy before. And of
-                a single row, as modulations have, dW is all one multiplication of each of its numbers.
+    linear      y = x W^T + b: oneDNN adds the bias as it writes. torch's addmm first fills y with it, and
+                takes 1.05 to 1.1 times as long for the same bits.
+    its dW      torch hands dy^T to the product dy^T x as it lies, in columns. Products whose first operand
+                lies in rows take so much less time that it pays to transpose dy before. And of a single row,
+                as modulations have, dW is all one multiplication of each of its numbers.
     attention   torch's backward goes tile by tile, which saves memory. Up to `WHOLE` tokens, products of
                 whole matrices take half the time; their scores are rounded to bfloat16 on the way.
 
-In float32, two values:
+In float32:
 
     linear      of a layer at least as wide as its input: on several threads oneDNN shares the product x W^T
                 out better than MKL, which torch takes for float32 (with two, 0.9 of the time).
     gelu        torch's kernel spends its time on tanh. A sigmoid is the same function at two thirds of that,
-                passes over memory included, if they stay in the cache.
+                if what it reads and writes stays in the cache.
 
 All else, everything elsewhere, and whatever is small, is plain torch.
 
@@ -32,6 +34,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.utils.flop_counter import register_flop_formula
 
 aten = torch.ops.aten
 
@@ -46,9 +49,7 @@ STRIP = 64
 CACHED = 2**17
 """Numbers that a thread's cache holds."""
 
-product: Any = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
-"""x W^T + b by oneDNN, where torch is built with it."""
-
+HAS_ONEDNN = torch.backends.mkldnn.is_available()
 U = math.sqrt(2 / math.pi)
 
 _here = True
@@ -73,7 +74,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x W^T + b for x [..., L, in], weight [out, in], bias [out]."""
     rows = x.shape[:-1].numel()
     if _applies(torch.bfloat16, x, weight):
-        otherwise = torch.is_grad_enabled() and not 1 < rows < FEW
+        otherwise = not 1 < rows < FEW
     else:
         otherwise = rows >= FEW and _is_for_onednn(x, weight)
     if not otherwise:
@@ -83,10 +84,27 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _is_for_onednn(x: Tensor, weight: Tensor) -> bool:
-    if torch.compiler.is_compiling() or product is None:
+    if torch.compiler.is_compiling() or not HAS_ONEDNN:
         return False
     wide = weight.shape[0] >= weight.shape[1]
     return wide and torch.get_num_threads() > 1 and _applies(torch.float32, x, weight)
+
+
+@torch.library.custom_op("flux_trainer::linear_by_onednn", mutates_args=())
+def linear_by_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`F.linear`, without a gradient. The compiler knows oneDNN's operator for constant weights only."""
+    y: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return y
+
+
+@linear_by_onednn.register_fake
+def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return x.new_empty(*x.shape[:-1], weight.shape[0])
+
+
+@register_flop_formula(torch.ops.flux_trainer.linear_by_onednn)
+def _(x_shape: torch.Size, weight_shape: torch.Size, *_: Any, **__: Any) -> int:
+    return 2 * math.prod(x_shape) * weight_shape[0]
 
 
 class _Linear(torch.autograd.Function):
@@ -94,9 +112,8 @@ class _Linear(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         of_x, of_weight, _ = ctx.needs_input_grad
         ctx.save_for_backward(x if of_weight else None, weight if of_x else None)
-        if x.dtype == torch.float32:
-            return product(x, weight, bias, "none", [], "")
-        return F.linear(x, weight, bias)
+        by = linear_by_onednn if HAS_ONEDNN and x.shape[:-1].numel() > 1 else F.linear
+        return by(x, weight, bias)
 
     @staticmethod
     @once_differentiable

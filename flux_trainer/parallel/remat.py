@@ -35,7 +35,7 @@ from torch._functorch import config as functorch_config
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from flux_trainer.config.compute import ActivationCheckpoint
-from flux_trainer.models import on_cpu
+from flux_trainer.models import on_cpu  # noqa: F401  (defines an operator named below)
 from flux_trainer.parallel.context import COLLECTIVES
 from flux_trainer.parallel.offload import Offload
 
@@ -55,9 +55,12 @@ DEAR = {
     torch.ops._c10d_functional.all_gather_into_tensor.default,  # and modulations
     *COLLECTIVES,  # context parallelism's exchanges
 }
-MATMULS = {aten.mm.default, aten.addmm.default, aten._scaled_mm.default}
-if on_cpu.product is not None:
-    MATMULS.add(on_cpu.product.default)
+MATMULS = {
+    aten.mm.default,
+    aten.addmm.default,
+    aten._scaled_mm.default,
+    torch.ops.flux_trainer.linear_by_onednn.default,
+}
 
 Keeps = Callable[[Any], bool]
 """Whether to keep the result of this operator; asked for all operators of a block's forward in turn."""

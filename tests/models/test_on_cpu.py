@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from flux_trainer.models import on_cpu
 from flux_trainer.models.attention import attention
@@ -109,6 +110,17 @@ def test_transposed(shape):
     assert on_cpu.transposed(x).is_contiguous()
 
 
+def test_products_are_counted():
+    """Where torch counts those of its own operators."""
+    x, weight = normal(2, 100, 48), normal(80, 48, seed=1)
+    counts = []
+    for function in (on_cpu.linear, F.linear):
+        with FlopCounterMode(display=False) as counter:
+            function(x, weight, None).sum().backward()
+        counts.append(counter.get_total_flops())
+    assert counts[0] == counts[1] == 3 * 2 * 200 * 48 * 80
+
+
 @pytest.mark.slow
 def test_compiled_products_have_rows_first():
     """The compiler is free to choose strides: dy^T [80, 64] must not become columns again."""
@@ -134,7 +146,7 @@ def test_wide_linear_in_float32(two_threads, shape, bias):
     wider = normal(*shape[:-2], shape[-2] + 6, shape[-1])
     with Names() as names:
         ours = values_and_gradients(on_cpu.linear)
-    assert "_linear_pointwise" in names.found
+    assert "linear_by_onednn" in names.found
     exact = values_and_gradients(F.linear, torch.float64)
     of_ours, of_torchs = errors(ours, exact), errors(values_and_gradients(F.linear), exact)
     assert all(a <= 1.5 * b + 1e-7 for a, b in zip(of_ours, of_torchs, strict=True)), (of_ours, of_torchs)
@@ -150,7 +162,7 @@ def test_other_linears_in_float32_are_torchs(two_threads, shape, out, threads):
     arguments = (normal(*shape), normal(out, shape[-1], seed=1), None)
     with Names() as names:
         got = gradients(on_cpu.linear, *arguments, dtype=torch.float32)
-    assert "_linear_pointwise" not in names.found
+    assert "linear_by_onednn" not in names.found
     for a, b in zip(got, gradients(F.linear, *arguments, dtype=torch.float32), strict=True):
         assert torch.equal(a, b)
 
@@ -166,7 +178,7 @@ def test_compiled_linears_in_float32_are_torchs(two_threads):
     x, weight = normal(100, 48, dtype=torch.float32), normal(80, 48, seed=1, dtype=torch.float32)
     torch.compile(on_cpu.linear, backend=backend)(x, weight, None)
     assert any("linear" in name for name in found)
-    assert not any("pointwise" in name for name in found)
+    assert not any("onednn" in name for name in found)
 
 
 def test_gelu_in_float32():

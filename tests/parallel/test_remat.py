@@ -81,7 +81,7 @@ class Ops(TorchDispatchMode):
     """Counts operators by what they are."""
 
     KINDS = (
-        ("product", ("mm.default", "addmm.default", "_linear_pointwise.default")),
+        ("product", ("mm.default", "addmm.default", "linear_by_onednn.default")),
         ("attention", ("flash_attention_for_cpu.default", "_softmax.default")),
         ("norm", ("native_layer_norm.default",)),
         ("activation", ("gelu.default", "silu.default")),
