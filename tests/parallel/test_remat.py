@@ -217,6 +217,18 @@ def test_compiled(family, name, away):
     assert torch._functorch.config.activation_memory_budget == 1.0
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [*SECTIONS, "budget"])
+def test_compiled_in_bfloat16(name):
+    """Where CPUs multiply by an operator of our own, whose results policies keep or not."""
+    torch._dynamo.reset()
+    section = (SECTIONS | BUDGETS)[name]
+    want = gradients(build("flux1", {"mode": "none"}, torch.bfloat16))
+    got = gradients(build("flux1", section, torch.bfloat16, compile=True))
+    for key, gradient in want.items():
+        assert (got[key] - gradient).norm() <= 0.05 * gradient.norm(), key
+
+
 def saved_bytes(section: dict) -> int:
     """What compiled blocks hold for backward."""
     torch._dynamo.reset()
