@@ -9,8 +9,8 @@ ratios are those of the medians. A compiled model is compiled block by block: ou
 torchtitan's as its `parallelize_flux` does, diffusers' by `compile_repeated_blocks`.
 
 The floor is what no code can go below without computing less: the products of the linears and of attention in
-forward and backward, with the shapes and strides that our eager model gives them, one after the other and
-nothing between them. Writes peers.md into --out.
+forward and backward, with the shapes and strides that our eager model gives them (attention's scores twice,
+for backward computes them again), one after the other and nothing between them. Writes peers.md into --out.
 """
 
 import argparse
@@ -261,9 +261,9 @@ class Products(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         aten = torch.ops.aten
-        if func in (aten.mm.default, aten.bmm.default):
+        if func in (aten.mm.default, aten.bmm.default, aten.bmm.out):
             self.add(args[0], args[1])
-        elif func is aten.addmm.default:
+        elif func in (aten.addmm.default, aten.baddbmm.out):
             self.add(args[1], args[2])
         elif func is torch.ops.flux_trainer.linear_by_onednn.default:
             self.by_onednn.append((self._stand_in(args[0]), self._stand_in(args[1])))
