@@ -18,7 +18,7 @@ PARTS = (
     ("compiled", ("triton_",)),
     ("attention", ("flash", "fmha", "sdpa", "attention", "dot_do_o", "convert_dq")),
     ("matrix products", ("gemm", "gemv", "nvjet", "cutlass", "splitk", "_scaled_mm")),
-    ("matrix products", ("aten::mm", "aten::addmm", "aten::bmm")),
+    ("matrix products", ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "_linear_pointwise")),
     ("optimizer", ("multi_tensor", "adam")),
     ("copies", ("memcpy", "memset")),
 )

@@ -292,7 +292,7 @@ class Products(TorchDispatchMode):
 
 
 def products(ours: Contestant, probe: Tensor) -> Callable[[], None]:
-    """All matrix products of a step, into results that lie ready."""
+    """All matrix products of a step, into results that lie ready (oneDNN's bring theirs)."""
     with Products() as products:
         ours.step(probe)
     ours.model.zero_grad()

@@ -12,6 +12,8 @@ import torch
 from helpers.small_model import small
 from helpers.tiny_run import ROOT
 
+from flux_trainer.models import on_cpu
+from flux_trainer.models.flops import train_flops_per_sample
 from flux_trainer.models.registry import FLAVORS
 
 
@@ -46,19 +48,27 @@ def test_nothing_is_timed_where_they_differ(peers, monkeypatch):
         peers.compare(contestants, probe, 1e-4)
 
 
-def test_the_floor_has_every_matrix_product(peers, monkeypatch):
-    """Each linear's three (the first ones lack one: inputs need no gradient), and attention's six a block."""
-    contestants, probe = prepared(peers, monkeypatch)
+@pytest.mark.parametrize("whole", [512, 0], ids=("whole products", "flash"))
+@pytest.mark.parametrize("threads", [1, 2])
+def test_the_floor_has_every_matrix_product(peers, monkeypatch, threads, whole):
+    """As many multiplications as in closed form, and attention's scores once more where it takes products."""
+    monkeypatch.setitem(FLAVORS, "small", small(mlp_ratio=4.0))
     monkeypatch.setattr(sys.modules["flux_trainer.models.attention"], "SHORT", 0)
+    monkeypatch.setitem(on_cpu.WHOLE, torch.float32, whole)
+    contestants, probe = peers.prepare("small", torch.float32, 64, 37)
+    torch.set_num_threads(threads)
     ours = contestants[0]
-    linears = sum(isinstance(m, torch.nn.Linear) for m in ours.model.modules())
-    firsts = 5  # img_in, txt_in and the first layers of three embedders
-    with peers.Products() as products:
-        ours.step(probe)
-    assert len(products.found) == 3 * linears - firsts + 6 * len(list(ours.model.blocks()))
-    multiplications = sum(a.shape[:-1].numel() * b.shape[-1] * a.shape[-1] for a, b in products.found)
-    one_block = 21 * 21 * 32  # tokens^2 x heads x head dimension
-    assert multiplications > 6 * 4 * one_block
+    try:
+        with peers.Products() as products:
+            ours.step(probe)
+    finally:
+        torch.set_num_threads(1)
+    assert bool(products.by_onednn) == (threads > 1)
+    found = sum(a.numel() * b.shape[-1] for a, b in products.found)
+    found += sum(x.numel() * weight.shape[0] for x, weight in products.by_onednn)
+    config = ours.model.config
+    again = len(list(ours.model.blocks())) * 101 * 101 * config.hidden_size if whole else 0
+    assert found == train_flops_per_sample(config, 64, 37) // 2 + again
 
 
 @pytest.mark.slow

@@ -138,6 +138,8 @@ def test_settings_of_a_run_hold_for_every_row(run):
         ("void pytorch_flash::flash_bwd_kernel<cutlass::bfloat16_t>", "attention"),
         ("triton_red_fused__scaled_dot_product_flash_attention_addmm_mul_0", "compiled"),
         ("triton_tem_fused_mm_3", "matrix products"),
+        ("mkldnn::_linear_pointwise", "matrix products"),
+        ("aten::baddbmm", "matrix products"),
         ("Memcpy DtoH (Device -> Pinned)", "copies"),
         ("void at::native::vectorized_elementwise_kernel<4, ...>", "other"),
     ],

@@ -169,5 +169,6 @@ def apply_memory_budget(named_blocks: Iterable[tuple[str, nn.Module]], section: 
 
 def _within(budget: float, forward: Callable[..., Any], *args: Any) -> Any:
     # The setting counts while a graph is made, and that is in some call; it is nobody else's.
-    with functorch_config.patch(activation_memory_budget=budget):
+    # Operators of our own (linears on a CPU, context parallelism's exchanges) are as dear as the compiler's.
+    with functorch_config.patch(activation_memory_budget=budget, is_non_builtin_to_include=True):
         return forward(*args)

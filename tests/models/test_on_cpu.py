@@ -1,5 +1,10 @@
 """What CPUs compute another way: as exact as torch's, or known by how much less."""
 
+import os
+import platform
+import subprocess
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -58,14 +63,34 @@ def two_threads():
 
 @pytest.mark.parametrize("compiled", [False, True], ids=("", "compiled"))
 @pytest.mark.parametrize("bias", [True, False], ids=("", "no bias"))
-@pytest.mark.parametrize("rows", [(1,), (1, 1), (3,), (2, 100)])
+@pytest.mark.parametrize("rows", [(0,), (1, 0), (1,), (1, 1), (3,), (2, 100)])
 def test_linear_is_as_exact_as_torch(rows, bias, compiled):
     arguments = (normal(*rows, 48), normal(80, 48, seed=1), normal(80, seed=2) if bias else None)
     function = torch.compile(on_cpu.linear, backend="aot_eager") if compiled else on_cpu.linear
     exact = gradients(F.linear, *arguments, dtype=torch.float64)
     ours, torchs = (errors(gradients(f, *arguments), exact) for f in (function, F.linear))
-    assert all(a <= 1.2 * b + 1e-3 for a, b in zip(ours, torchs, strict=True)), (ours, torchs)
-    torch.testing.assert_close(on_cpu.linear(*arguments), F.linear(*arguments), atol=0, rtol=0)
+    assert all(a <= 1.2 * b + 1e-3 or b != b for a, b in zip(ours, torchs, strict=True)), (ours, torchs)
+    torch.testing.assert_close(function(*arguments), F.linear(*arguments), atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [BF16, torch.float32])
+def test_linear_with_a_bias_that_is_not_dense(two_threads, dtype):
+    x, weight, bias = (normal(*shape).detach().to(dtype) for shape in ((100, 48), (80, 48), (160,)))
+    for b in (bias[::2], bias[:1].expand(80)):
+        torch.testing.assert_close(on_cpu.linear(x, weight, b), F.linear(x, weight, b))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="the variable is of x86")
+def test_a_cpu_without_bfloat16():
+    """torch computes in bfloat16 on any; oneDNN does not."""
+    program = (
+        "import torch; from flux_trainer.models import on_cpu; assert not on_cpu.HAS_ONEDNN_BF16;"
+        "x, w = (torch.randn(64, 64, dtype=torch.bfloat16, requires_grad=True) for _ in range(2));"
+        "on_cpu.linear(x, w, None).sum().backward(); assert w.grad.any()"
+    )
+    limited = {**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX2"}
+    subprocess.run([sys.executable, "-c", program], env=limited, check=True)
 
 
 def test_linear_of_frozen_parts():
@@ -223,6 +248,24 @@ def test_attention_is_within_twice_the_error(length, dtype, compiled):
     assert max(of_ours) < (0.01 if dtype == BF16 else 1e-5)
     q, k, v = (x.to(dtype) for x in (q, k, v))
     assert torch.equal(attention(q, k, v), torchs(q, k, v))
+
+
+@pytest.mark.parametrize("dtype", [BF16, torch.float32])
+@pytest.mark.parametrize("lengths", [(40, 300), (300, 129), (0, 130)])
+def test_attention_to_keys_of_another_number(dtype, lengths):
+    """As context parallelism has it; with gradients in columns."""
+    q, k, v = (normal(1, n, 3, 16, seed=i) for i, n in enumerate((*lengths, lengths[1])))
+
+    def torchs(q, k, v):
+        return F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
+
+    def in_columns(function):
+        return lambda *x: function(*x).transpose(1, 3)
+
+    exact = gradients(in_columns(torchs), q, k, v, dtype=torch.float64)
+    got = gradients(in_columns(attention), q, k, v, dtype=dtype)
+    for a, b in zip(got, exact, strict=True):
+        assert (a - b).norm() <= (0.02 if dtype == BF16 else 1e-5) * b.norm()
 
 
 @pytest.mark.parametrize("dtype", [BF16, torch.float32])

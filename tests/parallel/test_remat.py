@@ -16,6 +16,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from flux_trainer.config.compute import ActivationCheckpoint, Compile
+from flux_trainer.models import on_cpu
 from flux_trainer.models.attention import Lengths, rope_table
 from flux_trainer.models.model import FluxModel
 from flux_trainer.models.registry import model_class
@@ -97,12 +98,15 @@ class Ops(TorchDispatchMode):
         return op(*args, **(kwargs or {}))
 
 
+@pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("away", [False, True], ids=("", "offload"))
 @pytest.mark.parametrize("name", ["none", *SECTIONS])
 @pytest.mark.parametrize("family", CONFIGS)
-def test_no_bit_changes(family, name, away):
-    """With attention in one operator, and in plain products as few tokens have it on a CPU; in bfloat16, with
-    gradients of linears and attention that CPUs compute another way."""
+def test_no_bit_changes(family, name, away, threads, monkeypatch):
+    """With attention in one operator, and in plain products as few tokens have it on a CPU; in bfloat16, and
+    with two threads, with what CPUs compute another way."""
+    torch.set_num_threads(threads)
+    monkeypatch.setattr(on_cpu, "CACHED", 2000)
     section = SECTIONS.get(name, {"mode": "none"}) | {"offload": away}
     for image, dtype in ((IMAGE, torch.float32), (20, torch.float32), (IMAGE, torch.bfloat16)):
         want = gradients(build(family, {"mode": "none"}, dtype), image)
@@ -227,6 +231,23 @@ def test_compiled_in_bfloat16(name):
     got = gradients(build("flux1", section, torch.bfloat16, compile=True))
     for key, gradient in want.items():
         assert (got[key] - gradient).norm() <= 0.05 * gradient.norm(), key
+
+
+@pytest.mark.slow
+def test_budgets_count_operators_of_our_own():
+    """The compiler would take them for free, and compute all of them again before it looks at the budget."""
+
+    class Linears(Ops):
+        KINDS = (("linear", ("linear_by_onednn.default",)),)
+
+    def again(budget: float) -> int:
+        torch._dynamo.reset()
+        section = {"mode": "memory_budget", "memory_budget": budget}
+        count = Linears()
+        gradients(build("flux1", section, torch.bfloat16, compile=True), count=count)
+        return count.counts["linear"]
+
+    assert again(0.7) == 0 < again(0)
 
 
 def saved_bytes(section: dict) -> int:
