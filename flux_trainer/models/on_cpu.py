@@ -57,8 +57,6 @@ HAS_ONEDNN: bool = torch.backends.mkldnn.is_available()
 HAS_ONEDNN_BF16: bool = HAS_ONEDNN and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 """x86 from AVX512 on, and some ARM; elsewhere oneDNN refuses bfloat16."""
 
-U = math.sqrt(2 / math.pi)
-
 _here = True
 
 
@@ -174,11 +172,11 @@ class _Gelu(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor) -> Tensor:
         ctx.save_for_backward(x)
         out = x.new_empty(x.shape)
-        n = x.shape[-1]
+        n, slope = x.shape[-1], 2 * math.sqrt(2 / math.pi)  # of 2 u at 0
         rows = max(1, torch.get_num_threads() * CACHED // n)
         for x_, y in zip(x.reshape(-1, n).split(rows), out.view(-1, n).split(rows), strict=True):
             torch.mul(x_, x_, out=y)
-            y.mul_(2 * U * 0.044715).add_(2 * U).mul_(x_).sigmoid_().mul_(x_)
+            y.mul_(slope * 0.044715).add_(slope).mul_(x_).sigmoid_().mul_(x_)
         return out
 
     @staticmethod

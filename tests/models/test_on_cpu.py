@@ -31,7 +31,8 @@ def gradients(function, *arguments, dtype=BF16):
 
 
 def errors(got, exact):
-    return [((a.double() - b).norm() / b.norm()).item() for a, b in zip(got, exact, strict=True)]
+    """Relative ones; of what is exactly zero, or empty, zero if it is right, and else huge."""
+    return [((a.double() - b).norm() / b.norm().clamp(1e-30)).item() for a, b in zip(got, exact, strict=True)]
 
 
 class Names(TorchDispatchMode):
@@ -69,7 +70,7 @@ def test_linear_is_as_exact_as_torch(rows, bias, compiled):
     function = torch.compile(on_cpu.linear, backend="aot_eager") if compiled else on_cpu.linear
     exact = gradients(F.linear, *arguments, dtype=torch.float64)
     ours, torchs = (errors(gradients(f, *arguments), exact) for f in (function, F.linear))
-    assert all(a <= 1.2 * b + 1e-3 or b != b for a, b in zip(ours, torchs, strict=True)), (ours, torchs)
+    assert all(a <= 1.2 * b + 1e-3 for a, b in zip(ours, torchs, strict=True)), (ours, torchs)
     torch.testing.assert_close(function(*arguments), F.linear(*arguments), atol=0, rtol=0)
 
 
