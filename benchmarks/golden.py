@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from safetensors.torch import load_file
@@ -11,8 +12,9 @@ from torch import Tensor, nn
 from flux_trainer.flow.euler import euler
 from flux_trainer.flow.latents import SPACES
 from flux_trainer.flow.timesteps import MU, schedule
+from flux_trainer.models import sinusoids
 from flux_trainer.models.autoencoder import AutoEncoder, AutoEncoderConfig
-from flux_trainer.models.configs import Flux1Config, Flux2Config
+from flux_trainer.models.configs import TIME_DIM, Flux1Config, Flux2Config
 from flux_trainer.models.model import FluxModel
 from flux_trainer.models.registry import model_class
 
@@ -25,12 +27,26 @@ Row = tuple[str, str, str]
 
 
 def golden_rows() -> list[Row]:
-    rows = []
-    for case in ("flux1_A", "flux1_eps", "flux2_C", "flux2_eps"):
-        rows += _transformer(case)
-    for family, case in (("flux1", "flux1_A"), ("flux2", "flux2_C")):
-        rows += [_schedules(family), *_trajectories(family, case)]
-    return rows + _autoencoder()
+    """With the frequencies of timesteps that BFL's code had; outputs with ours as well."""
+    with patch.object(sinusoids, "frequencies", _bfl_frequencies):
+        rows = []
+        for case in ("flux1_A", "flux1_eps", "flux2_C", "flux2_eps"):
+            rows += _transformer(case)
+        for family, case in (("flux1", "flux1_A"), ("flux2", "flux2_C")):
+            rows += [_schedules(family), *_trajectories(family, case)]
+    for case in ("flux1_A", "flux2_C"):
+        what, reference, difference = _transformer(case)[0]
+        rows.append((f"{what}, with our own frequencies", reference, difference))
+    return [*rows, *_sinusoids(), *_autoencoder()]
+
+
+def _bfl_frequencies(dim: int, base: float, device: torch.device | str = "cpu") -> Tensor:
+    if dim != TIME_DIM:
+        return _FREQUENCIES(dim, base, device)
+    return load_file(GOLDEN / "frequencies.safetensors")["timesteps"].to(device, torch.float64)
+
+
+_FREQUENCIES = sinusoids.frequencies
 
 
 def _fields(case: str) -> dict[str, Any]:
@@ -115,6 +131,21 @@ def _trajectories(family: str, case: str) -> list[Row]:
         end = euler(velocity, io["in.noise"], io["timesteps"].tolist())
         ours, theirs = (space.unpack(x, height, width) for x in (end, io[key]))
         rows.append((f"{case}: latents after 4 steps{what}", BFL[family], absolute(ours, theirs)))
+    return rows
+
+
+def _sinusoids() -> list[Row]:
+    """Tables of real sizes, with our own frequencies."""
+    io = load_file(GOLDEN / "ids_packing_math.safetensors")
+    ours = sinusoids.frequencies(TIME_DIM, 10_000).float()
+    theirs = load_file(GOLDEN / "frequencies.safetensors")["timesteps"]
+    rows = [("frequencies of timesteps", BFL["flux1"], absolute(ours, theirs))]
+    for family, axes_dim, theta in (("flux1", (16, 56, 56), 10_000), ("flux2", (32, 32, 32, 32), 2000)):
+        ids = io[f"math.{family}.ids"].float()
+        (theirs,) = (table for name, table in io.items() if name.startswith(f"math.{family}.pe"))
+        ours = sinusoids.rope_table(ids, axes_dim, theta)[:, :, 0]  # [1, L, D/2, 2]
+        what = f"{family}: rotary table, positions up to {ids.max():.0f}"
+        rows.append((what, BFL[family], absolute(ours, theirs[:, 0, :, :, :, 0])))
     return rows
 
 

@@ -292,6 +292,11 @@ def page(args: argparse.Namespace, sections: list[str], golden: list[Row]) -> st
         "",
         "## Against Black Forest Labs' code, on the golden files",
         "Small models with random weights in every parameter, in float32 (`tests/golden/README.md`).",
+        "BFL's code computes the frequencies of timesteps with float32's exp, whose last bits depend on the",
+        "machine; at guidance 3.5 one of them turns an angle by 3500 x 2^-24 = 2e-4. Ours are computed in",
+        "float64 and rounded once, so that they are the same on all devices, and none is further than 2^-24",
+        "from BFL's. Rows use BFL's unless they say otherwise. Rotary tables are computed likewise, as in",
+        "diffusers.",
         "",
         *table(golden),
     ]

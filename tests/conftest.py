@@ -35,3 +35,19 @@ def process_group():
     yield
     if (distributed := sys.modules.get("torch.distributed")) and distributed.is_initialized():
         distributed.destroy_process_group()
+
+
+@pytest.fixture
+def recorded_frequencies(monkeypatch):
+    """Timesteps are embedded by the frequencies of the machine that wrote the golden files."""
+    from helpers import golden
+
+    golden.use_frequencies(monkeypatch, golden.recorded_frequencies())
+
+
+@pytest.fixture
+def float32_frequencies(monkeypatch):
+    """Timesteps are embedded by the frequencies that diffusers computes on this machine."""
+    from helpers import golden
+
+    golden.use_frequencies(monkeypatch, golden.float32_frequencies())

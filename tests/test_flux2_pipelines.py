@@ -38,7 +38,7 @@ from flux_trainer.runtime.dist import World
 from flux_trainer.sample import draw, encode_prompts, encode_references, reference_encoder, share_out
 from flux_trainer.velocity import Velocity
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("float32_frequencies")]
 
 CPU = torch.device("cpu")
 AUTOENCODER = Path(__file__).parents[1] / "assets/autoencoder/flux2_ae.safetensors"

@@ -44,6 +44,7 @@ def velocity() -> Velocity:
     return golden_velocity("flux1_A", Flux1Config)
 
 
+@pytest.mark.usefixtures("recorded_frequencies")
 @pytest.mark.parametrize(("case", "kind"), [("flux1_A", Flux1Config), ("flux2_C", Flux2Config)])
 def test_golden_trajectory(case, kind):
     """Each step's input, time and prediction, and where it ends, as BFL's."""
@@ -71,6 +72,7 @@ def test_golden_trajectory(case, kind):
     torch.testing.assert_close(out, golden["out_unpacked"], atol=2e-5, rtol=0)
 
 
+@pytest.mark.usefixtures("recorded_frequencies")
 @pytest.mark.parametrize(
     ("case", "kind", "names", "sizes"),
     [
@@ -132,6 +134,7 @@ def conditions(seed: int) -> dict[str, TextFeatures]:
     }
 
 
+@pytest.mark.usefixtures("float32_frequencies")
 @pytest.mark.parametrize(("size", "cfg_scale"), [((96, 64), 1.0), ((96, 64), 4.0), ((160, 256), 1.0)])
 def test_final_latents_are_those_of_the_flux_pipeline(velocity, pipeline, size, cfg_scale):
     """8 steps in float32, with distilled guidance, and true classifier-free guidance beside it."""
@@ -170,6 +173,7 @@ def test_final_latents_are_those_of_the_flux_pipeline(velocity, pipeline, size, 
     assert difference <= 1e-4
 
 
+@pytest.mark.usefixtures("float32_frequencies")
 @pytest.mark.parametrize("cfg_scale", [1.0, 4.0])
 def test_a_reference_acts_as_in_the_kontext_pipeline(velocity, pipeline, cfg_scale):
     """One for each sample, all of one size, which is not the picture's: the pipeline takes no others."""

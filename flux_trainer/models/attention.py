@@ -1,4 +1,4 @@
-"""Joint attention, and the table of its rotary position embedding (`fused.norm_rope` turns by it).
+"""Joint attention.
 
 `attention` is the one seam that context parallelism swaps: each block holds it as `self.attention`.
 """
@@ -69,20 +69,3 @@ def without_padding(
         results.append(F.pad(result, (0, 0, 0, 0, 0, q.shape[1] - own)))  # [b, L, H, D]
         start = end
     return torch.cat(results)
-
-
-def rope_table(ids: Tensor, axes_dim: tuple[int, ...], theta: float) -> Tensor:
-    """Cosine and sine of every position's angles: [B, L, 1, D/2, 2] with D = sum(axes_dim).
-
-    `ids` [B, L, len(axes_dim)] are positions along each axis. Pair i of an axis with d dimensions turns by
-    position * theta^(-2i/d) (Su et al., "RoFormer", 2021; one such embedding per axis, side by side).
-
-    float32 or wider whatever the model computes in: bf16 cannot tell positions above 256 apart.
-    """
-    dtype = torch.promote_types(ids.dtype, torch.float32)
-    angles = []
-    for axis, dim in enumerate(axes_dim):
-        exponent = torch.arange(0, dim, 2, dtype=dtype, device=ids.device) / dim
-        angles.append(ids[..., axis, None].to(dtype) * (1.0 / theta**exponent))  # [B, L, d/2]
-    angle = torch.cat(angles, dim=-1)
-    return torch.stack((angle.cos(), angle.sin()), dim=-1).unsqueeze(2)

@@ -1,9 +1,7 @@
 """The pieces FLUX transformers are built of, with Black Forest Labs' parameter names.
 
-Whatever dtype the weights have, statistics and sinusoids are computed in float32 or wider.
+Whatever dtype the weights have, statistics are computed in float32 or wider.
 """
-
-import math
 
 import torch
 import torch.nn.functional as F
@@ -13,18 +11,6 @@ from flux_trainer.models import on_cpu
 from flux_trainer.models.fused import gelu, modulated_norm, norm_rope, swiglu
 
 NORM_EPS = 1e-6
-
-
-def timestep_embedding(t: Tensor, dim: int = 256, max_period: float = 10000.0) -> Tensor:
-    """Sinusoids [B, dim] of 1000 t for t [B]: cosines first, frequencies max_period^(-2i/dim).
-
-    In float32 or wider. bf16 would round 1000 t to steps of 4: t must already arrive in float32.
-    """
-    t = 1000.0 * t.to(torch.promote_types(t.dtype, torch.float32))
-    half = dim // 2
-    i = torch.arange(half, dtype=t.dtype, device=t.device)
-    angle = t[:, None] * torch.exp(-math.log(max_period) * i / half)
-    return torch.cat((angle.cos(), angle.sin()), dim=-1)
 
 
 class Linear(nn.Linear):

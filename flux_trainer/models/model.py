@@ -14,10 +14,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from flux_trainer.models.attention import Lengths, rope_table
+from flux_trainer.models.attention import Lengths
 from flux_trainer.models.configs import TIME_DIM, ModelConfig
 from flux_trainer.models.init import Constant, Distribution, Normal, Rows, xavier_uniform
-from flux_trainer.models.layers import FusedLinear, LastLayer, MLPEmbedder, timestep_embedding
+from flux_trainer.models.layers import FusedLinear, LastLayer, MLPEmbedder
+from flux_trainer.models.sinusoids import rope_table, timestep_embedding
 
 State = tuple[Tensor, ...]
 """What goes from block to block: img [B, L_img, h], txt [B, L_txt, h], vec [B, h], which the head takes, and

@@ -23,11 +23,11 @@ from flux_trainer.config.compute import ActivationCheckpoint, Parallelism
 from flux_trainer.config.schema import JobConfig
 from flux_trainer.flow.loss import flow_loss
 from flux_trainer.models import registry
-from flux_trainer.models.attention import rope_table
 from flux_trainer.models.backends import attention_by
 from flux_trainer.models.configs import ModelConfig
 from flux_trainer.models.model import FluxModel, State
 from flux_trainer.models.on_cpu import as_elsewhere
+from flux_trainer.models.sinusoids import rope_table
 from flux_trainer.parallel import offload
 from flux_trainer.parallel.apply import context_parallel, use_attention
 from flux_trainer.parallel.arithmetic import (

@@ -1,15 +1,25 @@
-"""Golden files of Black Forest Labs' models, and how near they have to be met."""
+"""Golden files of Black Forest Labs' models, and how near they have to be met.
+
+BFL's code and diffusers compute the frequencies of timesteps by float32's exp, whose last bits depend on the
+machine: at guidance 3.5 one bit turns an angle by 2e-4, and outputs move by as much. Comparisons to 2e-5
+therefore use the reference's own frequencies (`use_frequencies`); how far ours are from them is tested in
+`tests/models/test_sinusoids.py`.
+"""
 
 from __future__ import annotations
 
 import gzip
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+
+from flux_trainer.models import sinusoids
+from flux_trainer.models.configs import TIME_DIM
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 
@@ -19,6 +29,26 @@ def load_case(case: str, model: Any, config: Any, file: str = "io") -> tuple[Any
     built = model(config(**json.loads((GOLDEN / case / "config.json").read_text())["bfl"]))
     built.load_state_dict(load_file(GOLDEN / case / "weights_bfl.safetensors"), strict=True)
     return built, load_file(GOLDEN / case / f"{file}.safetensors")
+
+
+def recorded_frequencies() -> Tensor:
+    """float32 [128]: those of the machine that wrote the golden files."""
+    return load_file(GOLDEN / "frequencies.safetensors")["timesteps"]
+
+
+def float32_frequencies() -> Tensor:
+    """float32 [128]: as BFL's code and diffusers compute them, on this machine."""
+    return torch.exp(-math.log(10_000) * torch.arange(128, dtype=torch.float32) / 128)
+
+
+def use_frequencies(monkeypatch: Any, table: Tensor) -> None:
+    """Let timesteps be embedded by the frequencies `table` [128]."""
+    own = sinusoids.frequencies
+
+    def frequencies(dim: int, base: float, device: torch.device | str = "cpu") -> Tensor:
+        return table.to(device, torch.float64) if dim == TIME_DIM else own(dim, base, device)
+
+    monkeypatch.setattr(sinusoids, "frequencies", frequencies)
 
 
 def key_maps() -> dict[str, Any]:

@@ -5,7 +5,7 @@ import torch
 from torch.autograd import gradcheck
 
 from flux_trainer.models import fused
-from flux_trainer.models.attention import rope_table
+from flux_trainer.models.sinusoids import rope_table
 
 EPS = 1e-6
 

@@ -17,9 +17,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from flux_trainer.config.compute import ActivationCheckpoint, Compile
 from flux_trainer.models import on_cpu
-from flux_trainer.models.attention import Lengths, rope_table
+from flux_trainer.models.attention import Lengths
 from flux_trainer.models.model import FluxModel
 from flux_trainer.models.registry import model_class
+from flux_trainer.models.sinusoids import rope_table
 from flux_trainer.parallel import offload
 from flux_trainer.parallel.compile import compile_blocks
 from flux_trainer.parallel.offload import Moved, Offload
