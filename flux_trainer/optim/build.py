@@ -3,13 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from flux_trainer.config.schema import Optimizer
 from flux_trainer.optim.rounded_adam import RoundedAdam
-from flux_trainer.runtime.layout import WHOLE, Layouts
+from flux_trainer.runtime.layout import WHOLE, Layouts, local
+
+
+class _OnShards:
+    """Lets torch's Adam step on this rank's shards as plain tensors, for all that it does is elementwise.
+
+    As DTensors they would cost the host more than the kernels take, and with torch 2.11 each fused step leaks
+    a DTensorSpec for every parameter (pytorch #188174). The state still consists of DTensors.
+    """
+
+    def _init_group(self, group: dict[str, Any], *lists: list[Tensor]) -> bool:
+        has_complex: bool = super()._init_group(group, *lists)  # type: ignore[misc]
+        for tensors in lists:  # parameters, gradients, moments and steps
+            tensors[:] = map(local, tensors)
+        return has_complex
+
+
+class Adam(_OnShards, torch.optim.Adam):
+    """torch's, on shards."""
+
+
+class AdamW(_OnShards, torch.optim.AdamW):
+    """torch's, on shards."""
 
 
 def build_optimizer(
@@ -48,7 +71,7 @@ def build_optimizer(
             seed=seed,
             layouts=layouts,
         )
-    cls = {"AdamW": torch.optim.AdamW, "Adam": torch.optim.Adam}[section.name]
+    cls = {"AdamW": AdamW, "Adam": Adam}[section.name]
     return cls(
         groups,
         lr=section.lr,

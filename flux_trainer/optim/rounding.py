@@ -53,6 +53,8 @@ def round_to_bfloat16(x: Tensor, bits: Tensor) -> Tensor:
     Args:
         bits: int32, uniform in [0, 2^16); only that many are looked at.
     """
-    up = x.view(torch.int32) + (bits & 0xFFFF) & -0x10000
+    # In 64 bits, then cast to 32: on CUDA, torch 2.11's compiler computes what comes of an int32 arange in 64
+    # bits whatever it is called, and fails to view that as float32.
+    up = (x.view(torch.int32).to(torch.int64) + (bits.to(torch.int64) & 0xFFFF) & -0x10000).to(torch.int32)
     # All bits of a NaN may be set, and it would overflow into the sign.
     return torch.where(x.isfinite(), up.view(torch.float32), x).to(torch.bfloat16)

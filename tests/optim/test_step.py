@@ -1,9 +1,18 @@
 """Optimizer, guard and EMA: what a skipped step may touch (nothing), and closed forms of the rest."""
 
 import copy
+import gc
+from contextlib import nullcontext
 
 import pytest
 import torch
+from helpers.ranks import run_ranks
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._dtensor_spec import DTensorSpec
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from flux_trainer.config.schema import Optimizer
 from flux_trainer.optim.build import build_optimizer, optimizer_tensors, set_lr, step
@@ -164,3 +173,39 @@ def test_ema_swaps_in_and_out_without_loss(dtype):
         torch.testing.assert_close(net[0].weight.detach(), averages["0.weight"].to(dtype))
     assert all(torch.equal(weights[k], v) for k, v in net.state_dict().items())
     assert all(torch.equal(averages[k], v) and v.dtype == torch.float32 for k, v in ema.averages.items())
+
+
+def steps_on_a_shard(implementation: str) -> tuple[set[str], list[int]]:
+    """Operations of two steps that see DTensors, and how many specs of DTensors there are after each step."""
+    mesh = init_device_mesh("cpu", (2,))
+    net = fully_shard(model(), mesh=mesh)
+    optimizer = build_optimizer(net.named_parameters(), Optimizer(implementation=implementation))
+    seen: set[str] = set()
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if any(isinstance(x, DTensor) for x in tree_leaves((args, kwargs))):
+                seen.add(func.overloadpacket.__name__)
+            return func(*args, **(kwargs or {}))
+
+    specs = []
+    for number in range(4):
+        for p in net.parameters():
+            p.grad = torch.ones_like(p)
+        with Watch() if number else nullcontext():  # the first step makes the moments
+            step(optimizer, GO)
+        optimizer.zero_grad()
+        gc.collect()
+        specs.append(sum(type(x) is DTensorSpec for x in gc.get_objects()))
+    state = optimizer_tensors(optimizer, net.named_parameters())
+    assert all(isinstance(x, DTensor) for name, x in state.items() if not name.endswith(".step"))
+    return seen, specs
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("implementation", ["fused", "foreach", "for-loop"])
+def test_sharded_parameters_step_as_plain_tensors(implementation):
+    """torch 2.11 kept the specs of every fused step over DTensors, and dispatching them costs the host."""
+    for seen, specs in run_ranks(2, steps_on_a_shard, implementation):
+        assert not seen
+        assert specs[1] == specs[2] == specs[3]
