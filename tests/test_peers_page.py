@@ -32,6 +32,7 @@ def prepared(peers, monkeypatch):
     return peers.prepare("small", torch.float32, 16, 5)
 
 
+@pytest.mark.usefixtures("float32_frequencies")
 def test_diffusers_has_the_same_outputs_and_gradients(peers, monkeypatch, capsys):
     contestants, probe = prepared(peers, monkeypatch)
     peers.compare(contestants, probe, 1e-5)

@@ -52,6 +52,7 @@ def test_a_run_leaves_files_for_others_and_another_starts_from_them(flavor, tmp_
         assert all(torch.equal(x, start[name].double()) for name, x in average.items())
 
 
+@pytest.mark.usefixtures("float32_frequencies")
 @pytest.mark.parametrize("flavor", FAMILIES)
 def test_diffusers_opens_what_a_run_made_of_exported_weights(flavor, tmp_path):
     """From diffusers' layout and from BFL's alike, and it computes the same."""
