@@ -46,6 +46,7 @@ def run(tmp_path, monkeypatch):
     return rows
 
 
+@pytest.mark.slow
 def test_a_row_for_each_case(run, tmp_path):
     eager = ["none", "selective:2", "attention+offload"]
     words = ["--flavors", "flux-tiny,flux2-tiny", "--policies", ",".join([*eager, "memory_budget:0.5"])]

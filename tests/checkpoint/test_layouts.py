@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.marks import slow
 from helpers.ranks import run_ranks
 from helpers.small_model import small
 from torch import Tensor
@@ -136,7 +137,11 @@ def folder_of(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize(
     ("mesh", "mode"),
-    [(ONE, "disabled"), (TP2, "disabled"), (TP2, "async"), (FSDP2_TP2, "async"), (HSDP_TP2, "disabled")],
+    [
+        (ONE, "disabled"),
+        (FSDP2_TP2, "async"),
+        *slow((TP2, "disabled"), (TP2, "async"), (HSDP_TP2, "disabled")),
+    ],
     ids=str,
 )
 def test_files_hold_what_one_process_would_write(tmp_path, mesh, mode):
@@ -157,7 +162,7 @@ def test_files_hold_what_one_process_would_write(tmp_path, mesh, mode):
 
 @pytest.mark.parametrize(
     ("saved", "loaded"),
-    [(ONE, TP2), (TP2, FSDP3), (TP2, ONE), (FSDP3, FSDP2_TP2), (FSDP2_TP2, TP2), (FSDP2_TP2, FSDP3)],
+    [(TP2, FSDP3), (FSDP3, FSDP2_TP2), *slow((ONE, TP2), (TP2, ONE), (FSDP2_TP2, TP2), (FSDP2_TP2, FSDP3))],
     ids=str,
 )
 def test_any_mesh_reads_what_any_other_wrote(tmp_path, saved, loaded):

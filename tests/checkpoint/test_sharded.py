@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.marks import slow
 from helpers.ranks import run_ranks
 from torch import Tensor
 
@@ -104,12 +105,10 @@ def load(folder: str, replicas: int) -> None:
 @pytest.mark.parametrize(
     ("saved", "loaded", "mode"),
     [
-        ((1, 1), (2, 1), "disabled"),
         ((2, 1), (1, 1), "async"),
         ((4, 1), (2, 1), "disabled"),
         ((2, 1), (4, 2), "disabled"),
-        ((4, 2), (4, 1), "async"),
-        ((4, 2), (1, 1), "disabled"),
+        *slow(((1, 1), (2, 1), "disabled"), ((4, 2), (4, 1), "async"), ((4, 2), (1, 1), "disabled")),
     ],
     ids=str,
 )

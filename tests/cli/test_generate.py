@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 from helpers.drawing import PROMPTS, generate, pictures, words_of
+from helpers.marks import slow
 from helpers.ranks import run_ranks
 from helpers.tiny_run import MODEL, ROOT, write_assets
 from PIL import Image
@@ -98,7 +99,9 @@ MESHES = {
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("mesh", MESHES)
+@pytest.mark.parametrize(
+    "mesh", ["batches of two", "context", "pipeline", *slow("shard", "replicate", "tensor")]
+)
 def test_a_picture_depends_neither_on_batch_nor_on_mesh(run, one_process, tmp_path, mesh):
     """In float64; three prompts do not divide among two groups."""
     ranks, flags = MESHES[mesh]

@@ -134,6 +134,7 @@ def assert_same(got, want):
         assert (got[key] - gradient).abs().max() <= 1e-11 * gradient.abs().max(), key
 
 
+@pytest.mark.slow
 def test_blocks_of_a_kind_share_a_graph():
     """Without a break: `compile_blocks` asks for whole graphs."""
     counter = CompileCounterWithBackend("aot_eager")

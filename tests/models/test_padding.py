@@ -72,6 +72,7 @@ def test_padding_gets_zero_and_no_gradient():
     assert k.grad.abs().sum() > 0
 
 
+@pytest.mark.slow
 def test_compiled_blocks_follow_the_lengths():
     """No graph break, and after the first two batches no new graph, whatever the lengths."""
     config = CONFIGS["flux2"]

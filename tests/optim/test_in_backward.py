@@ -3,6 +3,7 @@
 import pytest
 import torch
 from helpers.alive import Alive
+from helpers.marks import slow
 from helpers.ranks import run_ranks
 from helpers.tiny_run import TinyTrainer, tiny_config, train
 from torch import nn
@@ -31,11 +32,13 @@ def assert_equal_runs(a, b):
 
 OPTIONS = [
     [],
-    ["--optimizer.implementation=foreach"],
-    ["--optimizer.state_dtype=bfloat16"],
     ["--training.dtype=bfloat16", "--optimizer.state_dtype=float32"],
-    ["--activation_checkpoint.mode=full"],
-    ["--model.flavor=flux2-tiny"],
+    *slow(
+        ["--optimizer.implementation=foreach"],
+        ["--optimizer.state_dtype=bfloat16"],
+        ["--activation_checkpoint.mode=full"],
+        ["--model.flavor=flux2-tiny"],
+    ),
 ]
 
 
@@ -55,9 +58,11 @@ def both(folder, *flags):
     ("ranks", "flags"),
     [
         (2, ["--training.local_batch_size=2"]),
-        (2, ["--training.local_batch_size=2", "--optimizer.state_dtype=bfloat16"]),
-        (2, ["--parallelism.tensor_parallel_degree=2"]),
-        (4, ["--training.local_batch_size=2", "--parallelism.data_parallel_replicate_degree=2"]),
+        *slow(
+            (2, ["--training.local_batch_size=2", "--optimizer.state_dtype=bfloat16"]),
+            (2, ["--parallelism.tensor_parallel_degree=2"]),
+            (4, ["--training.local_batch_size=2", "--parallelism.data_parallel_replicate_degree=2"]),
+        ),
     ],
     ids=str,
 )

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from helpers.held import part, whole
+from helpers.marks import slow
 from helpers.ranks import run_ranks
 from helpers.resident import needs_proc, peak, restart_peak
 from helpers.small_model import arguments, inputs, small, small2
@@ -144,20 +145,17 @@ def one_process(of_family):
         (2, {}, 1),
         (2, {"reshard": "never"}, 2),
         (4, {"replicate": 2}, 1),
-        (2, {"replicate": 2}, 2),
         (2, {"remat": "full"}, 2),
         (2, {"remat": "selective"}, 2),
-        (2, {"remat": "selective", "compile": True}, 2),
         (2, {"remat": "none", "away": True, "reshard": "always"}, 2),
         (2, {"remat": "attention", "away": True}, 2),
-        pytest.param(
-            2,
-            {"remat": "attention", "away": True, "compile": True, "family": "flux2"},
-            2,
-            marks=pytest.mark.slow,
-        ),
         (2, {"family": "flux2", "reshard": "never"}, 1),
-        (4, {"family": "flux2", "replicate": 2, "remat": "selective"}, 1),
+        *slow(
+            (2, {"replicate": 2}, 2),
+            (2, {"remat": "selective", "compile": True}, 2),
+            (2, {"remat": "attention", "away": True, "compile": True, "family": "flux2"}, 2),
+            (4, {"family": "flux2", "replicate": 2, "remat": "selective"}, 1),
+        ),
     ],
     ids=str,
 )
@@ -385,8 +383,12 @@ def test_what_is_stored_stays_wide():
 @pytest.mark.parametrize(
     ("family", "remat", "narrow"),
     [
-        *(("flux1", remat, narrow) for remat in ("none", "full", "selective") for narrow in (False, True)),
-        ("flux2", "selective", False),
+        ("flux1", "selective", False),
+        *slow(
+            *(("flux1", remat, False) for remat in ("none", "full")),
+            *(("flux1", remat, True) for remat in ("none", "full", "selective")),
+            ("flux2", "selective", False),
+        ),
     ],
 )
 def test_blocks_of_a_kind_share_one_compiled_graph(monkeypatch, family, remat, narrow):

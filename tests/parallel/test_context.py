@@ -7,6 +7,7 @@ from functools import partial
 import pytest
 import torch
 import torch.distributed as dist
+from helpers.marks import slow
 from helpers.ranks import run_ranks
 from helpers.sent import Sent
 from torch import Tensor, nn
@@ -282,7 +283,7 @@ def blocks(compiled: bool) -> dict:
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("compiled", [False, *slow(True)])
 def test_checkpointing_and_compiling(compiled):
     """The same numbers; full recomputation repeats the forward's messages, the selective one none."""
     forward = {"ulysses": {"all-to-all": 2}, "ring": {"send": 2}, "allgather": {"all-gather": 2}}

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from helpers.alive import Alive
 from helpers.fake_world import fake_world
+from helpers.marks import slow
 from helpers.ranks import run_ranks
 from helpers.small_model import inputs
 from torch import Tensor
@@ -118,8 +119,9 @@ def split(context: ContextParallel, given: dict[str, Tensor]) -> None:
 @pytest.mark.parametrize(
     ("flavor", "mesh"),
     [
-        *((flavor, mesh) for flavor in ("flux-tiny", "flux-debug") for mesh in MESHES),
-        *(("flux2-tiny", mesh) for mesh in ("fsdp2 x tp2", "pp2", "cp2")),
+        *(("flux-tiny", mesh) for mesh in MESHES),
+        *slow(*(("flux-debug", mesh) for mesh in MESHES)),
+        *slow(*(("flux2-tiny", mesh) for mesh in ("fsdp2 x tp2", "pp2", "cp2"))),
     ],
 )
 def test_real_ranks_hold_what_is_estimated(flavor, mesh):
@@ -180,10 +182,13 @@ def test_flux_dev_by_arithmetic(ranks):
 @pytest.mark.parametrize(
     ("flavor", "compute", "mode"),
     [
-        *(("flux-tiny", compute, mode) for compute in ("float32", "bfloat16") for mode in MODES),
+        *(("flux-tiny", "bfloat16", mode) for mode in MODES),
         ("flux2-tiny", "float32", "full"),
-        ("flux2-tiny", "bfloat16", "none"),
-        ("flux2-tiny", "bfloat16", "selective op"),
+        *slow(
+            *(("flux-tiny", "float32", mode) for mode in MODES),
+            ("flux2-tiny", "bfloat16", "none"),
+            ("flux2-tiny", "bfloat16", "selective op"),
+        ),
     ],
 )
 def test_the_peak_is_near_a_measured_one(flavor, compute, mode):
@@ -198,7 +203,7 @@ NARROW = {
 
 
 @pytest.mark.parametrize("mode", MODES | MORE_MODES)
-@pytest.mark.parametrize("flavor", NARROW)
+@pytest.mark.parametrize("flavor", ["flux-tiny", *slow("flux2-tiny")])
 @patch.dict(registry.FLAVORS, NARROW)
 def test_the_peak_is_near_a_measured_one_where_it_is_activations(flavor, mode, monkeypatch):
     """A model so narrow that its peak lies where activations are, whatever little of them is kept."""
@@ -206,7 +211,7 @@ def test_the_peak_is_near_a_measured_one_where_it_is_activations(flavor, mode, m
     compare_on_one_rank(flavor, "float32", (MODES | MORE_MODES)[mode], 0.03)
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", ["none", *slow(*(mode for mode in MODES if mode != "none"))])
 @pytest.mark.parametrize("flavor", ["flux-tiny", "flux2-tiny"])
 def test_references_of_different_numbers_are_counted(flavor, mode):
     compare_on_one_rank(flavor, "float32", MODES[mode], references=True)
@@ -388,14 +393,17 @@ PEAKS = {
 @pytest.mark.parametrize(
     ("flavor", "mesh", "mode"),
     [
-        *(("flux-tiny", mesh, "selective op") for mesh in PEAKS),
-        ("flux-tiny", "fsdp2", "none"),
-        ("flux-tiny", "fsdp2 x tp2", "full"),
-        ("flux2-tiny", "fsdp2", "none"),
-        ("flux2-tiny", "cp2", "selective op"),
-        ("flux-tiny", "cp2 x tp2", "attention"),
-        ("flux2-tiny", "fsdp2", "attention"),
+        *(("flux-tiny", mesh, "selective op") for mesh in ("fsdp2", "cp2")),
         ("flux2-tiny", "fsdp2 x tp2", "full"),
+        *slow(
+            *(("flux-tiny", mesh, "selective op") for mesh in PEAKS if mesh not in ("fsdp2", "cp2")),
+            ("flux-tiny", "fsdp2", "none"),
+            ("flux-tiny", "fsdp2 x tp2", "full"),
+            ("flux-tiny", "cp2 x tp2", "attention"),
+            ("flux2-tiny", "fsdp2", "none"),
+            ("flux2-tiny", "fsdp2", "attention"),
+            ("flux2-tiny", "cp2", "selective op"),
+        ),
     ],
 )
 def test_the_peak_on_a_mesh_is_near_a_measured_one(flavor, mesh, mode):
@@ -461,6 +469,7 @@ def on_a_stage(flavor: str) -> tuple[Memory, int]:
     return estimate, measured(forward_backward, part, *present, target) + estimate.optimizer
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 @pytest.mark.parametrize("flavor", ["flux-tiny", "flux2-tiny"])
 def test_the_peak_of_a_pipeline_is_near_a_measured_one(flavor):

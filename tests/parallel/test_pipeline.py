@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from helpers.held import whole
+from helpers.marks import slow
 from helpers.ranks import run_ranks
 from helpers.small_model import arguments, small, small2
 from torch import Tensor
@@ -182,7 +183,7 @@ FLUX2 = {"family": "flux2"}  # whose shared modulations are the first stage's
             [{"parallelism": TWO, "schedule": "1F1B", "remat": "full", "compile": True}],
             marks=pytest.mark.slow,
         ),
-        (
+        pytest.param(
             4,
             [
                 {"parallelism": FOUR, "schedule": "1F1B"},
@@ -192,6 +193,7 @@ FLUX2 = {"family": "flux2"}  # whose shared modulations are the first stage's
                 {"parallelism": TWO, "schedule": "Interleaved1F1B", "hold": True},
                 {"parallelism": {**TWO, "data_parallel_replicate_degree": 2}, "schedule": "1F1B"},
             ],
+            marks=pytest.mark.slow,
         ),
         (
             4,
@@ -277,7 +279,7 @@ def traffic_on_a_rank(family: str) -> list[list[int]]:
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize(("family", "vectors"), [("flux1", 1), ("flux2", 1 + 6 + 6 + 3)])
+@pytest.mark.parametrize(("family", "vectors"), [*slow(("flux1", 1)), ("flux2", 1 + 6 + 6 + 3)])
 def test_traffic_is_what_the_formula_says(family, vectors):
     results = run_ranks(4, traffic_on_a_rank, family)
     state = 2 * (5 + 6 + vectors) * 16  # B (L + v) h

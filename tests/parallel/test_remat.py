@@ -6,10 +6,12 @@ import gc
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from functools import cache
 from unittest.mock import patch
 
 import pytest
 import torch
+from helpers.marks import slow
 from helpers.small_model import arguments, small, small2
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
@@ -99,9 +101,14 @@ class Ops(TorchDispatchMode):
         return op(*args, **(kwargs or {}))
 
 
+@cache
+def plain_gradients(family: str, dtype: torch.dtype, image: int, threads: int) -> dict[str, torch.Tensor]:
+    return gradients(build(family, {"mode": "none"}, dtype), image)
+
+
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("away", [False, True], ids=("", "offload"))
-@pytest.mark.parametrize("name", ["none", *SECTIONS])
+@pytest.mark.parametrize("name", ["none", "full", "op", "attention", *slow("every second", "by kind")])
 @pytest.mark.parametrize("family", CONFIGS)
 def test_no_bit_changes(family, name, away, threads, monkeypatch):
     """With attention in one operator, and in plain products as few tokens have it on a CPU; in bfloat16, and
@@ -110,7 +117,7 @@ def test_no_bit_changes(family, name, away, threads, monkeypatch):
     monkeypatch.setattr(on_cpu, "CACHED", 2000)
     section = SECTIONS.get(name, {"mode": "none"}) | {"offload": away}
     for image, dtype in ((IMAGE, torch.float32), (20, torch.float32), (IMAGE, torch.bfloat16)):
-        want = gradients(build(family, {"mode": "none"}, dtype), image)
+        want = plain_gradients(family, dtype, image, threads)
         got = gradients(build(family, section, dtype), image)
         assert all(torch.equal(got[key], want[key]) and want[key].any() for key in want), image
 
@@ -128,7 +135,7 @@ AGAIN = {
 
 
 @pytest.mark.parametrize("threads", [1, 2])
-@pytest.mark.parametrize("away", [False, True], ids=("", "offload"))
+@pytest.mark.parametrize("away", [False, *slow(True)], ids=("", "offload"))
 @pytest.mark.parametrize(("family", "name"), AGAIN)
 def test_what_is_computed_again(family, name, away, threads):
     """With two threads, a CPU multiplies by another operator."""

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from helpers.held import part, whole
+from helpers.marks import slow
 from helpers.ranks import run_ranks
 from helpers.small_model import arguments, small, small2
 from torch.distributed.device_mesh import init_device_mesh
@@ -122,19 +123,16 @@ def one_process():
         (2, {"tp": 2, "remat": "full"}, 1),
         (2, {"tp": 2, "remat": "selective"}, 1),
         (2, {"tp": 2, "remat": "attention", "family": "flux2"}, 1),
-        (2, {"tp": 2, "remat": "selective", "compile": True}, 1),
-        (4, {"tp": 2, "fsdp": 2}, 2),
-        (4, {"tp": 2, "fsdp": 2, "remat": "full"}, 2),
-        (8, {"tp": 2, "fsdp": 2, "replicate": 2}, 4),
-        (4, {"tp": 4, "family": "flux2"}, 1),
-        pytest.param(
-            2,
-            {"tp": 2, "family": "flux2", "remat": "selective", "compile": True},
-            1,
-            marks=pytest.mark.slow,
-        ),
         (4, {"tp": 2, "family": "flux2", "fsdp": 2, "remat": "full"}, 2),
-        (8, {"tp": 2, "family": "flux2", "fsdp": 2, "replicate": 2}, 4),
+        *slow(
+            (2, {"tp": 2, "remat": "selective", "compile": True}, 1),
+            (2, {"tp": 2, "family": "flux2", "remat": "selective", "compile": True}, 1),
+            (4, {"tp": 2, "fsdp": 2}, 2),
+            (4, {"tp": 2, "fsdp": 2, "remat": "full"}, 2),
+            (4, {"tp": 4, "family": "flux2"}, 1),
+            (8, {"tp": 2, "fsdp": 2, "replicate": 2}, 4),
+            (8, {"tp": 2, "family": "flux2", "fsdp": 2, "replicate": 2}, 4),
+        ),
     ],
     ids=str,
 )
@@ -340,6 +338,7 @@ def graphs() -> int:
     return counter.frame_count
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_blocks_of_a_kind_still_share_one_graph():
     assert run_ranks(2, graphs) == [2, 2]

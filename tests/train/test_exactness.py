@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from helpers.marks import slow
 from helpers.ranks import run_ranks
 from helpers.tiny_run import TinyTrainer, tiny_config, train
 from PIL import Image
@@ -48,7 +49,7 @@ def test_accumulation_is_one_large_batch(tmp_path, one_rank, local):
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize(("ranks", "replicate"), [(2, 1), (4, 2)])
+@pytest.mark.parametrize(("ranks", "replicate"), [(2, 1), *slow((4, 2))])
 def test_any_number_of_ranks_trains_the_same(tmp_path, one_rank, ranks, replicate):
     flags = ["--training.local_batch_size=1", f"--parallelism.data_parallel_replicate_degree={replicate}"]
     first, *others = run_ranks(ranks, train, tmp_path, *flags)
@@ -77,10 +78,8 @@ def interrupted(folder, dtype, *more):
 @pytest.mark.parametrize(
     ("dtype", "flags"),
     [
-        ("float32", []),
-        ("float64", []),
         ("float32", ["--training.mixed_precision_param=bfloat16"]),  # the default
-        ("float32", ["--checkpoint.async_mode=async"]),
+        *slow(("float32", []), ("float64", []), ("float32", ["--checkpoint.async_mode=async"])),
     ],
 )
 def test_a_resumed_run_is_bitwise_the_uninterrupted_one(tmp_path, dtype, flags):
@@ -93,6 +92,7 @@ def interrupted_on_a_rank(folder):
     return interrupted(folder, "float32")
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_a_resumed_run_is_bitwise_equal_on_two_ranks(tmp_path):
     for whole, parts in run_ranks(2, interrupted_on_a_rank, tmp_path, timeout=60):

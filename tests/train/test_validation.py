@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from helpers.marks import slow
 from helpers.ranks import run_ranks
 from helpers.tiny_run import TinyTrainer, tiny_config, train
 from PIL import Image
@@ -47,7 +48,7 @@ def test_it_leaves_no_trace_in_training(one_rank, tmp_path):
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize(("ranks", "batch"), [(1, 2), (2, 2)])
+@pytest.mark.parametrize(("ranks", "batch"), [(1, 2), *slow((2, 2))])
 def test_it_does_not_depend_on_ranks_and_batch(one_rank, tmp_path, ranks, batch):
     """Also where samples (5) and prompts (3) do not divide."""
     sizes = [f"--validation.local_batch_size={batch}", f"--training.local_batch_size={4 // ranks}"]
