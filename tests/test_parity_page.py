@@ -65,6 +65,7 @@ def test_the_page_is_written_and_its_differences_are_small(tmp_path):
     assert [int(n) <= 1 for n in re.findall(r"levels of 255.* \| (\d+), mean", page)] == [True, True]
 
 
+@pytest.mark.slow
 def test_a_wrong_path_is_a_sentence(tmp_path):
     command = [sys.executable, "benchmarks/parity.py", str(tmp_path / "gone"), "--out", str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, check=False, capture_output=True, text=True)

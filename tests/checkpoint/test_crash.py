@@ -13,7 +13,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers.marks import slow
 from helpers.ranks import start
 
 from flux_trainer.checkpoint.commit import whole_steps
@@ -62,7 +61,8 @@ def save_and_die(folder: str, step: int, event: int) -> None:
     manager.save(step, tensors(step), {"step": step})
 
 
-@pytest.mark.parametrize("step", [*slow(3), 2], ids=["new", "again"])
+@pytest.mark.slow
+@pytest.mark.parametrize("step", [3, 2], ids=["new", "again"])
 def test_killed_at_any_moment(tmp_path, step):
     """Before each single opening, renaming and removal of a file or folder; also while a step is replaced."""
     before = make(tmp_path / "before")

@@ -33,6 +33,7 @@ def test_table_and_json_say_the_same(toml, capsys):
     assert figures["modes"]["full"]["activations"] < figures["modes"]["none"]["activations"]
 
 
+@pytest.mark.slow
 def test_encoders_that_work_ahead_lie_beside_every_part_of_a_step(toml, capsys):
     def figures(ranks: int, *words: str) -> dict:
         words = ("--training.local_batch_size=2", "--training.global_batch_size=16", *words)

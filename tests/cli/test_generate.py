@@ -134,6 +134,7 @@ def test_ranks_that_were_told_different_things_draw_nothing(run, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_other_weights_and_settings_give_other_pictures(run, one_process, tmp_path):
     name = "001_a-red-apple_16x16_seed0.png"
     plain = pictures(one_process)[name]

@@ -60,7 +60,7 @@ def test_a_hang_ends() -> None:
 def test_a_lost_rank_is_expected_or_an_error() -> None:
     assert run_ranks(2, die_on_rank_1, lost={1}) == ["alive", None]
     with pytest.raises(AssertionError, match="exit code -9"):
-        run_ranks(2, die_on_rank_1, timeout=2)
+        run_ranks(2, die_on_rank_1, timeout=10)
 
 
 def test_start_runs_a_function_in_a_process(tmp_path) -> None:

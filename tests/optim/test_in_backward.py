@@ -53,16 +53,15 @@ def both(folder, *flags):
     return train(folder / "plain", *flags), train(folder / "own", *flags, IN_BACKWARD)
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 @pytest.mark.parametrize(
     ("ranks", "flags"),
     [
         (2, ["--training.local_batch_size=2"]),
-        *slow(
-            (2, ["--training.local_batch_size=2", "--optimizer.state_dtype=bfloat16"]),
-            (2, ["--parallelism.tensor_parallel_degree=2"]),
-            (4, ["--training.local_batch_size=2", "--parallelism.data_parallel_replicate_degree=2"]),
-        ),
+        (2, ["--training.local_batch_size=2", "--optimizer.state_dtype=bfloat16"]),
+        (2, ["--parallelism.tensor_parallel_degree=2"]),
+        (4, ["--training.local_batch_size=2", "--parallelism.data_parallel_replicate_degree=2"]),
     ],
     ids=str,
 )
