@@ -90,7 +90,8 @@ class Look:
             return ""
         if self.state == later.state == "T":
             return STOPPED
-        if later.cpu - self.cpu > (later.when - self.when) / 2:
+        ready = self.state == later.state == "R"  # where other programs have the processor, it gets little
+        if ready or later.cpu - self.cpu > (later.when - self.when) / 2:
             return "busy"  # computes, or waits for a GPU
         return "in a call of the kernel" if self.state == later.state == "D" else "asleep"
 
