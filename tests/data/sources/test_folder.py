@@ -1,0 +1,48 @@
+"""Folders of images: what is read, in which order, what is passed over, and how they complain."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from helpers.pictures import same
+from PIL import Image
+
+from flux_trainer.config.schema import Source
+from flux_trainer.data.bad import BadSample
+from flux_trainer.data.sources import FolderSource, open_source
+
+Picture = Callable[[int], Image.Image]
+
+
+def test_folder_is_recursive_sorted_and_captioned(folder: Path, picture: Picture) -> None:
+    source = open_source(Source(type="folder", path=str(folder)))
+    assert isinstance(source, FolderSource)
+    assert source.files == ["a.PNG", "b/1.png", "c.webp"]
+    assert [source[i].caption for i in range(3)] == ["caption 1", "caption 0", "caption 2"]
+    assert same(source[0], picture(1))
+    assert same(source[2], picture(2))
+
+
+def test_folder_reports_missing_empty_and_unreadable_captions(folder: Path) -> None:
+    source = FolderSource(str(folder))
+    (folder / "a.txt").unlink()
+    with pytest.raises(BadSample, match=r"cannot read .*a\.txt"):
+        source[0]
+    (folder / "a.txt").write_text("  \n")
+    with pytest.raises(BadSample, match="no caption"):
+        source[0]
+    (folder / "a.txt").write_bytes(b"\xff\xfe\xfd")
+    with pytest.raises(BadSample, match="UTF-8"):
+        source[0]
+    (folder / "b/1.png").unlink()
+    with pytest.raises(BadSample, match=r"cannot read .*1\.png: No such file"):
+        source[1]
+
+
+def test_the_fingerprint_of_a_folder_changes_with_its_files(folder: Path, picture: Picture) -> None:
+    before = FolderSource(str(folder)).fingerprint
+    assert FolderSource(str(folder)).fingerprint == before
+    picture(9).save(folder / "b/0.png")
+    assert FolderSource(str(folder)).fingerprint != before
