@@ -11,7 +11,13 @@ from typing import Any
 
 _UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 _LONE_SURROGATE = re.compile("[\ud800-\udfff]")  # two that belong together are one character in Python
-_KINDS = ((bool, "true or false"), (int | float, "a number"), (list, "a list"), (dict, "an object"))
+_KINDS = (
+    (str, "text"),
+    (bool, "true or false"),
+    (int | float, "a number"),
+    (list, "a list"),
+    (dict, "an object"),
+)
 
 
 class TextError(ValueError):

@@ -5,11 +5,14 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from PIL import Image
 
+from flux_trainer.config import text
 from flux_trainer.data.bad import BadSample
+
+_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 
 class RawSample(NamedTuple):
@@ -43,15 +46,24 @@ def digest(parts: Iterable[bytes]) -> str:
 
 
 def read(path: str) -> bytes:
-    """A file's bytes; BadSample if it cannot be read."""
+    """A file's bytes; BadSample if it cannot be read, or git has left a pointer in its place."""
     try:
-        return Path(path).read_bytes()
-    except (OSError, ValueError) as error:  # ValueError: a path with a zero byte in it
+        data = Path(path).read_bytes()
+    except (OSError, ValueError) as error:  # ValueError: a path with a zero byte or a lone surrogate in it
         raise BadSample(f"cannot read {path}: {getattr(error, 'strerror', error)}") from error
+    if data.startswith(_LFS_POINTER):
+        raise BadSample(f"{path} is a git-lfs pointer; `git lfs pull` fetches the file itself")
+    return data
 
 
-def checked(caption: object, where: str) -> str:
-    """The caption without surrounding blanks; BadSample if there is none."""
-    if not isinstance(caption, str) or not caption.strip():
+def checked(caption: Any, where: str) -> str:
+    """The caption without surrounding blanks; BadSample if there is none, or it is no text."""
+    if caption is None:
         raise BadSample(f"no caption in {where}")
-    return caption.strip()
+    try:
+        stripped = text.trimmed(text.usable(caption))
+    except text.TextError as error:
+        raise BadSample(f"{where} {error}") from error
+    if not stripped:
+        raise BadSample(f"no caption in {where}")
+    return stripped

@@ -6,6 +6,7 @@ import os
 from collections.abc import Sequence
 from itertools import chain
 
+from flux_trainer.config import text
 from flux_trainer.data.bad import BadSample, DataError
 from flux_trainer.data.image import EXTENSIONS
 from flux_trainer.data.sources.base import RawSample, checked, digest, read
@@ -41,12 +42,16 @@ class FolderSource:
 
     def __getitem__(self, index: int) -> RawSample:
         path = os.path.join(self.root, self.files[index])
-        caption_path = os.path.splitext(path)[0] + ".txt"
+        return RawSample(read(path), self.caption(index), path, tuple(self.references[index]))
+
+    def caption(self, index: int) -> str:
+        """The caption of an image. Raises BadSample where there is none that can be used."""
+        path = os.path.splitext(os.path.join(self.root, self.files[index]))[0] + ".txt"
+        data = read(path)
         try:
-            caption = read(caption_path).decode("utf-8-sig")
-        except UnicodeDecodeError as error:
-            raise BadSample(f"{caption_path} is not UTF-8") from error
-        return RawSample(read(path), checked(caption, caption_path), path, tuple(self.references[index]))
+            return checked(text.decode(data), path)
+        except text.TextError as error:
+            raise BadSample(f"{path} {error}") from error
 
 
 def images_below(path: str) -> list[str]:

@@ -21,30 +21,79 @@ class HuggingFaceSource:
             ) from error
         self.name = f"hf {path} ({split})"
         self.image_key, self.caption_key = image_key, caption_key
-        if (Path(path) / "state.json").exists() or (Path(path) / "dataset_dict.json").exists():
-            table: Any = datasets.load_from_disk(path)
-            if isinstance(table, datasets.DatasetDict):
-                if split not in table:
-                    raise DataError(f'{path} has no split "{split}"; it has: {", ".join(table)}.')
-                table = table[split]
-        else:
-            table = datasets.load_dataset(path, split=split)
-        for key, setting in ((image_key, "image_key"), (caption_key, "caption_key")):
-            if key not in table.column_names:
-                columns = ", ".join(table.column_names)
-                raise DataError(f'{self.name} has no column "{key}"; it has: {columns}. Set {setting}.')
+        table = self._load(path, split)
+        self._check_columns(table.features)
         table = table.select_columns([image_key, caption_key])
         self.table = table.cast_column(image_key, datasets.Image(decode=False))  # rows give the file's bytes
-        self.fingerprint = f"{len(table)} rows"
+        self.fingerprint = f"{len(self.table)} rows"
+
+    def _load(self, path: str, split: str) -> Any:
+        import datasets
+
+        try:
+            if not any((Path(path) / name).exists() for name in ("state.json", "dataset_dict.json")):
+                return datasets.load_dataset(path, split=split)
+            table: Any = datasets.load_from_disk(path)
+        except Exception as error:  # the library's own kinds, the network's, pyarrow's
+            raise DataError(f"{self.name} cannot be loaded: {str(error) or type(error).__name__}") from error
+        if not isinstance(table, datasets.DatasetDict):
+            return table
+        if split not in table:
+            raise DataError(f'{path} has no split "{split}"; it has: {", ".join(table)}.')
+        return table[split]
+
+    def _check_columns(self, features: Any) -> None:
+        for key, setting, holds, what in (
+            (self.image_key, "image_key", _is_image, "an image"),
+            (self.caption_key, "caption_key", _is_text, "a text"),
+        ):
+            if key not in features:
+                raise DataError(
+                    f'{self.name} has no column "{key}"; it has: {", ".join(features)}. Set {setting}.'
+                )
+            if not holds(features[key]):
+                kind = str(features[key])
+                kind = kind if len(kind) <= 80 else kind[:77] + "..."
+                raise DataError(
+                    f'{self.name}: column "{key}" is of type {kind}; {setting} must name a column '
+                    f"that holds {what} in each row."
+                )
 
     def __len__(self) -> int:
         return len(self.table)
 
     def __getitem__(self, index: int) -> RawSample:
-        row = self.table[index]
+        try:
+            row = self.table[index]
+        except UnicodeDecodeError as error:
+            raise BadSample(f'"{self.caption_key}" is not UTF-8 text: {error}') from error
         image = row[self.image_key]
         if image is None or (image["bytes"] is None and image["path"] is None):
             raise BadSample("no image")
         data = image["bytes"] if image["bytes"] is not None else read(image["path"])
         caption = checked(row[self.caption_key], f'"{self.caption_key}"')
         return RawSample(data, caption, image["path"] or f"row {index}")
+
+
+def _is_image(feature: Any) -> bool:
+    """Whether a column can be read as images: as such, as files' bytes or paths, or as arrays of pixels."""
+    import datasets
+
+    if isinstance(feature, dict):
+        return bool(feature) and feature.keys() <= {"bytes", "path"}
+    if isinstance(feature, datasets.Value):
+        return feature.dtype.removeprefix("large_") in ("binary", "string")
+    depth = 0
+    while isinstance(feature, list) or hasattr(feature, "feature"):
+        feature = feature[0] if isinstance(feature, list) else feature.feature
+        depth += 1
+    if depth:
+        numbers = isinstance(feature, datasets.Value) and feature.dtype.startswith(("int", "uint", "float"))
+        return numbers and depth in (2, 3)
+    return isinstance(feature, (datasets.Image, datasets.Array2D, datasets.Array3D))
+
+
+def _is_text(feature: Any) -> bool:
+    import datasets
+
+    return isinstance(feature, datasets.Value) and feature.dtype in ("string", "large_string", "string_view")

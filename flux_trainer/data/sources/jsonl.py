@@ -7,7 +7,9 @@ import os
 from array import array
 from collections.abc import Iterator
 from itertools import chain
+from typing import Any
 
+from flux_trainer.config.text import kind
 from flux_trainer.data.bad import BadSample, DataError
 from flux_trainer.data.sources.base import RawSample, checked, digest, read
 
@@ -21,21 +23,26 @@ class JsonlSource:
         self.name = f"jsonl {path}"
         self.path, self.image_key, self.caption_key = path, image_key, caption_key
         self.reference_key = reference_key
-        self._named, field = False, json.dumps(reference_key).encode()
         self.offsets = array("q")  # of lines that are not blank, in bytes
+        named, field = False, json.dumps(reference_key).encode()
 
         def lines() -> Iterator[bytes]:
+            nonlocal named
             position = 0
             with open(path, "rb") as file:
                 for line in file:
                     if not line.isspace():
                         self.offsets.append(position)
-                        self._named = self._named or field in line
+                        named = named or field in line
                         yield line
                     position += len(line)
 
+        with open(path, "rb") as file:
+            encoding = json.detect_encoding(file.read(4))
+        if not encoding.startswith("utf-8"):
+            raise DataError(f"{path} is {encoding.upper()} text; save it as UTF-8.")
         self.fingerprint = digest(chain(lines(), [reference_key.encode()]))
-        if reference_key and not self._named:
+        if reference_key and not named:
             raise DataError(f'Not one line of {path} has the field "{reference_key}" for reference images.')
 
     def __len__(self) -> int:
@@ -47,17 +54,25 @@ class JsonlSource:
             line = file.readline()
         try:
             fields = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise BadSample(f"not a JSON line: {error}") from error
-        if not isinstance(fields, dict) or not isinstance(fields.get(self.image_key), str):
-            keys = ", ".join(fields) if isinstance(fields, dict) else "no object"
-            raise BadSample(f'the line has no "{self.image_key}" (it has: {keys})')
-        folder = os.path.dirname(self.path)
-        image = os.path.join(folder, fields[self.image_key])
-        caption = checked(fields.get(self.caption_key), f'"{self.caption_key}"')
+        if not isinstance(fields, dict):
+            raise BadSample(f"the line is {kind(fields)}, not an object")
+        if self.image_key not in fields:
+            raise BadSample(f'the line has no "{self.image_key}" (it has: {", ".join(fields)})')
+        folder, name = os.path.dirname(self.path), fields[self.image_key]
+        if not isinstance(name, str):
+            raise BadSample(f'"{self.image_key}" is {kind(name)}, not a path')
+        if fields.get(self.caption_key) is None:
+            raise BadSample(f'no caption in "{self.caption_key}" (the line has: {", ".join(fields)})')
+        caption = checked(fields[self.caption_key], f'"{self.caption_key}"')
+        references = tuple(os.path.join(folder, name) for name in self._references(fields))
+        image = os.path.join(folder, name)
+        return RawSample(read(image), caption, image, references)
+
+    def _references(self, fields: dict[str, Any]) -> list[str]:
         names = fields.get(self.reference_key) or [] if self.reference_key else []
         names = [names] if isinstance(names, str) else names
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
             raise BadSample(f'"{self.reference_key}" is neither a path nor a list of paths')
-        references = tuple(os.path.join(folder, name) for name in names)
-        return RawSample(read(image), caption, image, references)
+        return names

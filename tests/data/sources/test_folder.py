@@ -33,9 +33,15 @@ def test_folder_reports_missing_empty_and_unreadable_captions(folder: Path) -> N
     (folder / "a.txt").write_text("  \n")
     with pytest.raises(BadSample, match="no caption"):
         source[0]
-    (folder / "a.txt").write_bytes(b"\xff\xfe\xfd")
-    with pytest.raises(BadSample, match="UTF-8"):
-        source[0]
+    for data, words in (
+        (b"caf\xe9", "is not UTF-8 text"),
+        ("a cat".encode("utf-16"), "is UTF-16 text; save it as UTF-8"),
+        ("a cat".encode("utf-16-le"), "holds a NUL character"),
+        (b"version https://git-lfs.github.com/spec/v1\noid", "is a git-lfs pointer"),
+    ):
+        (folder / "a.txt").write_bytes(data)
+        with pytest.raises(BadSample, match=rf"a\.txt {words}"):
+            source[0]
     (folder / "b/1.png").unlink()
     with pytest.raises(BadSample, match=r"cannot read .*1\.png: No such file"):
         source[1]

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 from helpers.pictures import same
 from PIL import Image
@@ -77,3 +78,60 @@ def test_hugging_face_load_dataset_of_a_parquet_file(
     assert source[1].caption == "one"
     assert isinstance(source[0].image, bytes)
     assert Image.open(io.BytesIO(source[0].image)).size == (24, 16)
+
+
+def test_what_cannot_be_loaded_is_named(tmp_path: Path) -> None:
+    pytest.importorskip("datasets")
+    (tmp_path / "state.json").write_text("{}")
+    with pytest.raises(DataError, match=r"^hf .* \(train\) cannot be loaded: "):
+        open_source(Source(type="hf", path=str(tmp_path)))
+
+
+PIXELS = np.arange(3 * 4 * 3, dtype=np.uint8).reshape(3, 4, 3)
+
+
+def columns(tmp_path: Path, image: object, text: object = "a") -> Source:
+    """A data set of one row, saved to disk."""
+    datasets = pytest.importorskip("datasets")
+    datasets.Dataset.from_dict({"image": [image], "text": [text]}).save_to_disk(tmp_path / "saved")
+    return Source(type="hf", path=str(tmp_path / "saved"))
+
+
+@pytest.mark.filterwarnings("ignore:Downcasting array")
+@pytest.mark.parametrize("kind", ["path", "bytes", "struct of bytes", "struct of a path", "pixels"])
+def test_images_may_be_held_in_columns_of_many_types(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "a.png"
+    Image.fromarray(PIXELS).save(path)
+    image = {
+        "path": str(path),
+        "bytes": path.read_bytes(),
+        "struct of bytes": {"bytes": path.read_bytes()},
+        "struct of a path": {"path": str(path)},
+        "pixels": PIXELS.tolist(),
+    }[kind]
+    assert same(open_source(columns(tmp_path, image))[0], Image.fromarray(PIXELS))
+
+
+@pytest.mark.parametrize("image", [[b"a"], ["a.png"], [{"bytes": b"a", "path": None}], 7, [7], {"url": "a"}])
+def test_a_column_that_holds_no_images_is_named_with_its_type(tmp_path: Path, image: object) -> None:
+    words = r'column "image" is of type .*; image_key must name a column that holds an image in each row\.$'
+    with pytest.raises(DataError, match=words):
+        open_source(columns(tmp_path, image))
+
+
+@pytest.mark.parametrize("text", [["a cat", "one cat"], 7, True, {"en": "a cat"}, b"a cat", None])
+def test_a_column_that_holds_no_text_is_named_with_its_type(tmp_path: Path, text: object) -> None:
+    words = r'column "text" is of type .*; caption_key must name a column that holds a text in each row\.$'
+    with pytest.raises(DataError, match=words):
+        open_source(columns(tmp_path, b"a", text))
+
+
+def test_a_caption_that_is_not_utf_8_is_bad(tmp_path: Path) -> None:
+    datasets, pa = pytest.importorskip("datasets"), pytest.importorskip("pyarrow")
+    texts = pa.array([b"caf\xe9", b"a\0c"]).view(pa.string())  # as careless writers leave it
+    table = datasets.Dataset(pa.table({"image": pa.array([b"x", b"x"]), "text": texts}))
+    table.save_to_disk(tmp_path / "saved")
+    source = open_source(Source(type="hf", path=str(tmp_path / "saved")))
+    for index, words in enumerate(['^"text" is not UTF-8 text', '^"text" holds a NUL character']):
+        with pytest.raises(BadSample, match=words):
+            source[index]

@@ -12,7 +12,7 @@ from helpers.pictures import same
 from PIL import Image
 
 from flux_trainer.config.schema import Source
-from flux_trainer.data.bad import BadSample
+from flux_trainer.data.bad import BadSample, DataError
 from flux_trainer.data.sources import JsonlSource, open_source
 
 Picture = Callable[[int], Image.Image]
@@ -37,14 +37,26 @@ def test_jsonl_reads_lines_at_random(tmp_path: Path, picture: Picture) -> None:
 def test_jsonl_reports_bad_lines(tmp_path: Path) -> None:
     cases = {
         '{"file_name": ': "not a JSON line",
-        '["a.png"]': "no object",
+        '["a.png"]': "^the line is a list, not an object",
+        '"a.png"': "^the line is text, not an object",
         '{"image": "a.png", "text": "a"}': 'no "file_name" .it has: image, text',
         '{"file_name": "no.png", "text": "a"}': "No such file",
-        '{"file_name": "no.png"}': "no caption",
+        '{"file_name": ["a.png"], "text": "a"}': '^"file_name" is a list, not a path',
+        '{"file_name": "no.png", "caption": "a"}': r"^no caption .*\(the line has: file_name, caption\)",
+        '{"file_name": "no.png", "text": null}': '^no caption in "text"',
         '{"file_name": "no.png", "text": " "}': "no caption",
-        '{"file_name": "no.png", "text": 7}': "no caption",
+        '{"file_name": "no.png", "text": 7}': '^"text" is a number, not text',
+        '{"file_name": "no.png", "text": true}': '^"text" is true or false, not text',
+        '{"file_name": "no.png", "text": ["a cat", "one cat"]}': '^"text" is a list, not text',
+        '{"file_name": "no.png", "text": {"en": "a cat"}}': '^"text" is an object, not text',
+        '{"file_name": "no.png", "text": "a \\ud83d"}': '^"text" is not UTF-8 text: .* surrogate pair',
+        '{"file_name": "no.png", "text": "a\\u0000c"}': '^"text" holds a NUL character',
+        '{"file_name": "no\\ud83d.png", "text": "a"}': "^cannot read .* surrogates not allowed",
+        '{"file_name": "pointer.png", "text": "a"}': "pointer.png is a git-lfs pointer; `git lfs pull`",
+        "[" * 100_000: "^not a JSON line",
         '{"file_name": "a\\u0000.png", "text": "a"}': "cannot read .* null",
     }
+    (tmp_path / "pointer.png").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
     (tmp_path / "list.jsonl").write_text("\n".join(cases))
     source = JsonlSource(str(tmp_path / "list.jsonl"), "file_name", "text")
     assert len(source) == len(cases)
@@ -62,3 +74,10 @@ def test_the_fingerprint_of_a_jsonl_file_changes_with_its_lines(tmp_path: Path) 
     assert JsonlSource(str(tmp_path / "copy.jsonl"), "file_name", "text").fingerprint == first
     lines.write_text('{"file_name": "a", "text": "y"}\n')
     assert JsonlSource(str(lines), "file_name", "text").fingerprint != first
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32"])
+def test_a_jsonl_file_that_is_not_utf_8_is_refused(tmp_path: Path, encoding: str) -> None:
+    (tmp_path / "a.jsonl").write_bytes('{"file_name": "a", "text": "x"}\n'.encode(encoding))
+    with pytest.raises(DataError, match=r"a\.jsonl is UTF-(16|32).* text; save it as UTF-8\.$"):
+        JsonlSource(str(tmp_path / "a.jsonl"), "file_name", "text")
