@@ -7,13 +7,17 @@ no open file, so that workers can inherit or unpickle it. A new kind is a class 
 
 from __future__ import annotations
 
+from collections import Counter
+
 from flux_trainer.config.schema import Source
 from flux_trainer.data.bad import DataError
+from flux_trainer.data.image import EXTENSIONS
 from flux_trainer.data.sources.base import ImageSource, RawSample
 from flux_trainer.data.sources.folder import FolderSource
 from flux_trainer.data.sources.hugging_face import HuggingFaceSource
 from flux_trainer.data.sources.jsonl import JsonlSource
 from flux_trainer.data.sources.synthetic import SyntheticSource
+from flux_trainer.runtime.log import logger
 
 __all__ = [
     "FolderSource",
@@ -27,7 +31,11 @@ __all__ = [
 
 
 def open_source(section: Source) -> ImageSource:
-    """The source that a [[data.sources]] table describes. Raises DataError if it is missing or empty."""
+    """The source that a [[data.sources]] table describes. Logs its size, and what it passes over.
+
+    Raises:
+        DataError: it is missing or empty.
+    """
     if section.type == "synthetic":
         return SyntheticSource(section.size)
     if not section.path:
@@ -41,6 +49,21 @@ def open_source(section: Source) -> ImageSource:
         source = JsonlSource(section.path, image_key, caption_key, section.reference_key)
     else:
         source = HuggingFaceSource(section.path, section.split, image_key, caption_key)
+    passed_over = f"; passed over: {_listed(source.passed_over)}" if source.passed_over else ""
     if len(source) == 0:
-        raise DataError(f"{source.name} holds no samples.")
+        known = f". Images are files named {', '.join(sorted(EXTENSIONS))}" if passed_over else ""
+        raise DataError(f"{source.name} holds no samples{passed_over}{known}.")
+    logger.info(f"{source.name}: {_number(len(source), 'sample')}{passed_over}")
     return source
+
+
+def _listed(things: Counter[str], most: int = 12) -> str:
+    """Such as "3 hidden folders, 1 .heic file": what has no suffix first, then the most frequent ones."""
+    named = sorted(things.items(), key=lambda item: (item[0].startswith("."), -item[1], item[0]))[:most]
+    others = things.total() - sum(count for _, count in named)
+    words = [_number(count, thing) for thing, count in named]
+    return ", ".join([*words, f"{others:,} more"] if others else words)
+
+
+def _number(count: int, thing: str) -> str:
+    return f"{count:,} {thing}{'' if count == 1 else 's'}"

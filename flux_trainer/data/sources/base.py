@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -31,6 +32,9 @@ class ImageSource(Protocol):
     name: str
     fingerprint: str
     """Of the list: it changes when an index may mean another sample. Contents of images are not looked at."""
+
+    passed_over: Counter[str]
+    """How many there were of what is no sample, by what it is, such as "hidden folder"."""
 
     def __len__(self) -> int: ...
 

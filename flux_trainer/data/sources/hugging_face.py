@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ class HuggingFaceSource:
             ) from error
         self.name = f"hf {path} ({split})"
         self.image_key, self.caption_key = image_key, caption_key
+        self.passed_over: Counter[str] = Counter()
         table = self._load(path, split)
         self._check_columns(table.features)
         table = table.select_columns([image_key, caption_key])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from array import array
+from collections import Counter
 from collections.abc import Iterator
 from itertools import chain
 from typing import Any
@@ -23,6 +24,7 @@ class JsonlSource:
         self.name = f"jsonl {path}"
         self.path, self.image_key, self.caption_key = path, image_key, caption_key
         self.reference_key = reference_key
+        self.passed_over: Counter[str] = Counter()
         self.offsets = array("q")  # of lines that are not blank, in bytes
         named, field = False, json.dumps(reference_key).encode()
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import torch
 from PIL import Image
 
@@ -18,6 +20,7 @@ class SyntheticSource:
         self.name = "synthetic"
         self.size = size
         self.fingerprint = f"{size} samples"
+        self.passed_over: Counter[str] = Counter()
 
     def __len__(self) -> int:
         return self.size
