@@ -12,7 +12,7 @@ from collections import Counter
 from flux_trainer.config.schema import Source
 from flux_trainer.data.bad import DataError
 from flux_trainer.data.image import EXTENSIONS
-from flux_trainer.data.sources.base import ImageSource, RawSample
+from flux_trainer.data.sources.base import Fingerprint, ImageSource, RawSample
 from flux_trainer.data.sources.folder import FolderSource
 from flux_trainer.data.sources.hugging_face import HuggingFaceSource
 from flux_trainer.data.sources.jsonl import JsonlSource
@@ -20,6 +20,7 @@ from flux_trainer.data.sources.synthetic import SyntheticSource
 from flux_trainer.runtime.log import logger
 
 __all__ = [
+    "Fingerprint",
     "FolderSource",
     "HuggingFaceSource",
     "ImageSource",

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -12,6 +13,9 @@ from PIL import Image
 
 from flux_trainer.config import text
 from flux_trainer.data.bad import BadSample
+
+SAMPLED = 4096
+"""Of so many samples, evenly spread, a fingerprint may look at what each costs a read of its own."""
 
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
@@ -26,13 +30,25 @@ class RawSample(NamedTuple):
     references: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True)
+class Fingerprint:
+    """What an index of a source means: it changes when an index may mean another sample."""
+
+    samples: int
+    """How many there are."""
+    parts: tuple[tuple[str, str], ...] = ()
+    """(What was looked at, its hash), such as ("captions", "0c5f..."); the names are plural nouns."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """As checkpoints store it."""
+        return {"samples": self.samples, **dict(self.parts)}
+
+
 class ImageSource(Protocol):
     """A random-access list of captioned images. `source[i]` raises BadSample where item i cannot be used."""
 
     name: str
-    fingerprint: str
-    """Of the list: it changes when an index may mean another sample. Contents of images are not looked at."""
-
+    fingerprint: Fingerprint
     passed_over: Counter[str]
     """How many there were of what is no sample, by what it is, such as "hidden folder"."""
 
@@ -47,6 +63,12 @@ def digest(parts: Iterable[bytes]) -> str:
     for part in parts:
         state.update(part)
     return state.hexdigest()
+
+
+def spread(count: int) -> Iterator[int]:
+    """Up to SAMPLED of the indices below `count`, evenly spread."""
+    most = min(count, SAMPLED)
+    return (i * count // most for i in range(most))
 
 
 def read(path: str) -> bytes:

@@ -9,7 +9,7 @@ from itertools import chain
 
 from flux_trainer.config import text
 from flux_trainer.data.bad import BadSample, DataError
-from flux_trainer.data.sources.base import RawSample, checked, digest, read
+from flux_trainer.data.sources.base import Fingerprint, RawSample, checked, digest, read, spread
 from flux_trainer.data.sources.listing import CAPTION, Listing, images_named
 
 
@@ -34,7 +34,7 @@ class FolderSource:
             for stem, references in zip(stems, self.references, strict=True):
                 if stem in found:
                     references.append(os.path.join(folder, found[stem]))
-        self.fingerprint = digest(os.fsencode(file) + b"\n" for file in chain(self.files, *self.references))
+        self.fingerprint = self._fingerprint()
 
     def __len__(self) -> int:
         return len(self.files)
@@ -52,3 +52,20 @@ class FolderSource:
             return checked(text.decode(data), path)
         except text.TextError as error:
             raise BadSample(f"{path} {error}") from error
+
+    def _fingerprint(self) -> Fingerprint:
+        """Of all names, and of as many captions as are read in no time. Images are not looked at."""
+        names = chain(self.files, *self.references)
+        return Fingerprint(
+            len(self.files),
+            (
+                ("files", digest(os.fsencode(name) + b"\n" for name in names)),
+                ("captions", digest(self._caption_bytes(index) for index in spread(len(self.files)))),
+            ),
+        )
+
+    def _caption_bytes(self, index: int) -> bytes:
+        try:
+            return self.caption(index).encode() + b"\xff"  # a byte that text cannot hold
+        except BadSample:
+            return b"\xff"

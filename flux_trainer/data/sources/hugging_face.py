@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import os
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 from flux_trainer.data.bad import BadSample, DataError
-from flux_trainer.data.sources.base import RawSample, checked, read
+from flux_trainer.data.sources.base import Fingerprint, RawSample, checked, read, spread
+
+_TAIL = 64  # bytes; a PNG's hold the checksum of its last pixels, a JPEG's the last pixels
+_END, _NONE = b"\xff", b"\xfe"  # bytes that text cannot hold
 
 
 class HuggingFaceSource:
@@ -27,7 +33,7 @@ class HuggingFaceSource:
         self._check_columns(table.features)
         table = table.select_columns([image_key, caption_key])
         self.table = table.cast_column(image_key, datasets.Image(decode=False))  # rows give the file's bytes
-        self.fingerprint = f"{len(self.table)} rows"
+        self.fingerprint = self._fingerprint()
 
     def _load(self, path: str, split: str) -> Any:
         import datasets
@@ -75,6 +81,34 @@ class HuggingFaceSource:
         data = image["bytes"] if image["bytes"] is not None else read(image["path"])
         caption = checked(row[self.caption_key], f'"{self.caption_key}"')
         return RawSample(data, caption, image["path"] or f"row {index}")
+
+    def _fingerprint(self) -> Fingerprint:
+        """Of all captions, of the names and lengths of all images, and of the last bytes of some.
+
+        The library's own fingerprint says how the table was made, which differs between machines.
+        """
+        import pyarrow as pa
+        import pyarrow.compute as pc
+
+        captions, images = (hashlib.blake2b(digest_size=8) for _ in range(2))
+        looked_at = set(spread(len(self)))
+        row = 0
+        for batch in self.table.with_format("arrow").iter(1000):  # without copies
+            files = pc.struct_field(batch[self.image_key], "bytes")
+            texts = batch[self.caption_key].cast(pa.large_binary()).to_pylist()
+            lengths = pc.binary_length(files).to_pylist()
+            names = pc.struct_field(batch[self.image_key], "path").to_pylist()
+            for i, (text, length, name) in enumerate(zip(texts, lengths, names, strict=True)):
+                captions.update(_NONE if text is None else text + _END)
+                tail = pc.binary_slice(files.slice(i, 1), -_TAIL)[0].as_py() if row in looked_at else None
+                images.update(json.dumps([name and _base(name), length]).encode() + (tail or _END))
+                row += 1
+        return Fingerprint(row, (("captions", captions.hexdigest()), ("images", images.hexdigest())))
+
+
+def _base(path: str) -> str:
+    """A file's name without its folder, which differs between machines; also of `zip://a.png::archive.zip`."""
+    return os.path.basename(path.partition("::")[0])
 
 
 def _is_image(feature: Any) -> bool:

@@ -12,7 +12,7 @@ from typing import Any
 
 from flux_trainer.config.text import kind
 from flux_trainer.data.bad import BadSample, DataError
-from flux_trainer.data.sources.base import RawSample, checked, digest, read
+from flux_trainer.data.sources.base import Fingerprint, RawSample, checked, digest, read
 
 
 class JsonlSource:
@@ -43,7 +43,8 @@ class JsonlSource:
             encoding = json.detect_encoding(file.read(4))
         if not encoding.startswith("utf-8"):
             raise DataError(f"{path} is {encoding.upper()} text; save it as UTF-8.")
-        self.fingerprint = digest(chain(lines(), [reference_key.encode()]))
+        contents = digest(chain(lines(), [reference_key.encode()]))
+        self.fingerprint = Fingerprint(len(self.offsets), (("lines", contents),))
         if reference_key and not named:
             raise DataError(f'Not one line of {path} has the field "{reference_key}" for reference images.')
 

@@ -7,7 +7,7 @@ from collections import Counter
 import torch
 from PIL import Image
 
-from flux_trainer.data.sources.base import RawSample
+from flux_trainer.data.sources.base import Fingerprint, RawSample
 from flux_trainer.flow.rng import Purpose, uniform
 
 
@@ -19,7 +19,7 @@ class SyntheticSource:
     def __init__(self, size: int) -> None:
         self.name = "synthetic"
         self.size = size
-        self.fingerprint = f"{size} samples"
+        self.fingerprint = Fingerprint(size)
         self.passed_over: Counter[str] = Counter()
 
     def __len__(self) -> int:

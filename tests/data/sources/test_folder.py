@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from PIL import Image
 from flux_trainer.config.schema import Source
 from flux_trainer.data.bad import BadSample
 from flux_trainer.data.sources import FolderSource, open_source
+from flux_trainer.data.sources.base import SAMPLED, digest, spread
 
 Picture = Callable[[int], Image.Image]
 
@@ -47,8 +49,29 @@ def test_folder_reports_missing_empty_and_unreadable_captions(folder: Path) -> N
         source[1]
 
 
-def test_the_fingerprint_of_a_folder_changes_with_its_files(folder: Path, picture: Picture) -> None:
-    before = FolderSource(str(folder)).fingerprint
-    assert FolderSource(str(folder)).fingerprint == before
+def test_the_fingerprint_of_a_folder_tells_files_from_captions(
+    folder: Path, picture: Picture, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    def parts() -> dict[str, object]:
+        return FolderSource(str(folder)).fingerprint.as_dict()
+
+    before = parts()
+    assert before["samples"] == 3
+    assert before["files"] == digest([b"a.PNG\nb/1.png\nc.webp\n"])  # as in the first checkpoints
+    copy = tmp_path_factory.mktemp("elsewhere") / "copy"
+    shutil.copytree(folder, copy)
+    assert FolderSource(str(copy)).fingerprint.as_dict() == before
+    (folder / "a.txt").write_text("another caption")
+    changed = parts()
+    assert {name for name in before if before[name] != changed[name]} == {"captions"}
+    (folder / "a.txt").unlink()
+    assert parts()["captions"] not in (before["captions"], changed["captions"])
     picture(9).save(folder / "b/0.png")
-    assert FolderSource(str(folder)).fingerprint != before
+    assert parts()["files"] != before["files"]
+
+
+def test_of_many_captions_a_fingerprint_reads_some_from_end_to_end() -> None:
+    assert list(spread(3)) == [0, 1, 2]
+    some = list(spread(1_000_000))
+    assert len(some) == len(set(some)) == SAMPLED
+    assert (some[0], some[-1]) == (0, 999_755)

@@ -16,6 +16,7 @@ from PIL import Image
 from flux_trainer.config.schema import Source
 from flux_trainer.data.bad import BadSample, DataError
 from flux_trainer.data.sources import open_source
+from flux_trainer.data.sources.base import digest
 
 Picture = Callable[[int], Image.Image]
 
@@ -135,3 +136,60 @@ def test_a_caption_that_is_not_utf_8_is_bad(tmp_path: Path) -> None:
     for index, words in enumerate(['^"text" is not UTF-8 text', '^"text" holds a NUL character']):
         with pytest.raises(BadSample, match=words):
             source[index]
+
+
+Rows = list[tuple[str | None, bytes | None, str | None]]
+ROWS: Rows = [("a", bytes(99) + b"1", "x/1.png"), ("b", bytes(100), "x/2.png"), (None, None, None)]
+
+
+def fingerprint(path: Path, rows: Rows, step: int = 1000) -> dict[str, object]:
+    """Of rows of (caption, file, its name), saved in chunks of `step` rows."""
+    datasets = pytest.importorskip("datasets")
+    image = {"bytes": datasets.Value("binary"), "path": datasets.Value("string")}  # saved with its folder
+    features = datasets.Features({"text": datasets.Value("string"), "image": image})
+    parts = [
+        datasets.Dataset.from_dict(
+            {
+                "text": [text for text, _, _ in rows[i : i + step]],
+                "image": [data and {"bytes": data, "path": name} for _, data, name in rows[i : i + step]],
+            },
+            features=features,
+        )
+        for i in range(0, len(rows), step)
+    ]
+    datasets.concatenate_datasets(parts).save_to_disk(path)
+    source = open_source(Source(type="hf", path=str(path)))
+    return source.fingerprint.as_dict()
+
+
+def test_the_fingerprint_of_a_data_set_says_what_its_rows_hold(tmp_path: Path) -> None:
+    """Not how, where or by which program it was made."""
+    known = fingerprint(tmp_path / "a", ROWS)
+    assert known == {
+        "samples": 3,
+        "captions": digest([b"a\xff", b"b\xff", b"\xfe"]),
+        "images": digest(
+            [b'["1.png", 100]', bytes(63) + b"1", b'["2.png", 100]', bytes(64), b"[null, null]", b"\xff"]
+        ),
+    }
+    assert fingerprint(tmp_path / "b", ROWS, step=1) == known
+    elsewhere: Rows = [(text, data, name and name.replace("x/", "/y/")) for text, data, name in ROWS]
+    assert fingerprint(tmp_path / "c", elsewhere) == known
+
+
+@pytest.mark.parametrize(
+    ("rows", "changed"),
+    [
+        ([("A", *ROWS[0][1:]), *ROWS[1:]], {"captions"}),
+        ([("ab", *ROWS[0][1:]), ("", *ROWS[1][1:]), ROWS[2]], {"captions"}),
+        ([*ROWS[:2], ("", None, None)], {"captions"}),
+        ([("a", bytes(99) + b"2", "x/1.png"), *ROWS[1:]], {"images"}),
+        ([("a", bytes(101), "x/1.png"), *ROWS[1:]], {"images"}),
+        ([("a", ROWS[0][1], "x/3.png"), *ROWS[1:]], {"images"}),
+        ([ROWS[1], ROWS[0], ROWS[2]], {"captions", "images"}),
+        ([*ROWS, ROWS[0]], {"samples", "captions", "images"}),
+    ],
+)
+def test_other_rows_change_the_fingerprint(tmp_path: Path, rows: Rows, changed: set[str]) -> None:
+    before, after = fingerprint(tmp_path / "a", ROWS), fingerprint(tmp_path / "b", rows)
+    assert {name for name in before if before[name] != after[name]} == changed
