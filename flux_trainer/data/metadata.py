@@ -1,6 +1,6 @@
 """An image file without its metadata: nothing is left but what decides its pixels and which way is up.
 
-Text, colour profiles, thumbnails and maker's notes come from many programs, and Pillow refuses a whole file
+Text, colour profiles, thumbnails and maker's notes come from many programs, and Pillow refuses a file
 where one of them is broken, or longer than its limit. What the pixels need passes through untouched: whether
 that is sound is for the decoder to say.
 """

@@ -14,7 +14,7 @@ from flux_trainer.data.sources.listing import CAPTION, Listing, images_named
 
 
 class FolderSource:
-    """All images below a folder, in the order of their paths, each with its caption in a `.txt` beside it.
+    """All images below a folder, in the order of their paths, each with its caption in a `.txt` next to it.
 
     The images of the same name below other folders are its references.
     """
