@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flux_trainer.checkpoint.identity import CONTENTS
 from flux_trainer.config.pictures import Prompt, Request, read_prompts, reference_side
 from flux_trainer.config.schema import JobConfig
 from flux_trainer.data.loader import TrainLoader, ValidationLoader
@@ -231,8 +232,8 @@ class FluxTrainer(Trainer):
         return self.velocity(x_t, t, encoded.txt, encoded.vec, self.guidance(t), references)
 
     def identity(self) -> dict[str, Any]:
-        contents = [source.fingerprint for source in self.mixture.sources]
-        return {**super().identity(), "data.contents": contents}
+        contents = [source.fingerprint.as_dict() for source in self.mixture.sources]
+        return {**super().identity(), CONTENTS: contents}
 
     # Validation.
 

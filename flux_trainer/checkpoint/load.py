@@ -65,11 +65,11 @@ def load_run(
     changed = differences(state.get("identity", {}), identity) if identity is not None else []
     if changed and not force:
         raise CheckpointError(
-            f"{path} was written with other settings: {'; '.join(changed)}; "
+            f"{path} was written with other settings or data: {'; '.join(changed)}; "
             "set --checkpoint.force_resume to go on."
         )
     if changed:
-        logger.warning(f"Going on from {path} in spite of other settings: {'; '.join(changed)}")
+        logger.warning(f"Going on from {path} in spite of other settings or data: {'; '.join(changed)}")
     dtypes = on_first(group, lambda: saved_dtypes(path))
     _same_choice_of_average(path, saved=_has_average(dtypes), here=_has_average(tensors))
     problems = [f"{name} is not in this run" for name in on_no_rank(dtypes, tensors, group)]

@@ -26,6 +26,7 @@ from flux_trainer.config.pictures import (
 )
 from flux_trainer.config.problems import COMMAND_LINE
 from flux_trainer.config.schema import Inference, JobConfig
+from flux_trainer.config.text import TextError, usable
 from flux_trainer.models.registry import FLAVORS
 from flux_trainer.models.widths import check_widths
 from flux_trainer.parallel.arithmetic import check_sharing
@@ -190,18 +191,19 @@ def _prompts(
     else:
         path = section.prompts_path
         prompts = read_prompts(path) if path else [Prompt(text) for text in section.prompts]
-    _check_text(prompt.text for prompt in prompts)
     if not prompts:
         sources = "as arguments, as lines of --inference.prompts_path FILE, or - for standard input's"
         raise ConfigError([f"nothing to draw: give prompts {sources}"])
     return prompts
 
 
-def _check_text(texts: Iterable[str]) -> None:
+def _check_text(words: Iterable[str]) -> None:
     """Raises ConfigError for bytes that are no text, which Python keeps as lone surrogates."""
-    for text in texts:
-        if any("\ud800" <= letter <= "\udfff" for letter in text):
-            raise ConfigError([f"{text!a} is not UTF-8 text"])
+    for word in words:
+        try:
+            usable(word)
+        except TextError as error:
+            raise ConfigError([f"{word!a} {error}"]) from error
 
 
 def _written_out(argv: Sequence[str]) -> list[str]:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from flux_trainer.config import check_compute, toml
+from flux_trainer.config.check_text import unusable_text
 from flux_trainer.config.files import Finding, missing_files, missing_for_pictures
 from flux_trainer.config.pictures import SEED_LIMIT, parse_size
 from flux_trainer.config.problems import ConfigError, origin_of
@@ -51,7 +52,7 @@ def check_generation(
     """As `check`, for drawing pictures with the settings: those of data and training do not matter."""
     findings = [*_model(config), *_parallelism(config, world_size), *_references(config), *_inference(config)]
     findings += check_compute.attention(config)
-    findings += missing_for_pictures(config)
+    findings += [*unusable_text(config), *missing_for_pictures(config)]
     if findings:
         raise ConfigError([_line(config, finding, origins or {}) for finding in findings])
 
@@ -61,6 +62,7 @@ def inconsistencies(config: JobConfig, world_size: int | None) -> Iterator[Findi
     yield from _parallelism(config, world_size)
     yield from _batch(config, world_size)
     yield from _in_backward(config, world_size)
+    yield from unusable_text(config)
     for part in _CHECKS:
         yield from part(config)
 

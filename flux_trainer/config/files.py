@@ -104,7 +104,7 @@ def _prompts(path: str) -> Iterator[str]:
         return
     try:
         missing = missing_references(read_prompts(path))
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         yield f"cannot be used: {error}"
     else:
         yield from (f"cannot be used: {sentence}" for sentence in missing)

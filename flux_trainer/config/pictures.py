@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from flux_trainer import __version__
+from flux_trainer.config import text
 from flux_trainer.config.schema import Data, Inference
 
 SEED_LIMIT = 2**56
@@ -73,31 +74,40 @@ def read_prompts(path: str) -> list[Prompt]:
     Raises:
         ValueError: the file is not UTF-8 text, or a line is no such object.
     """
+    name = "standard input" if path == "-" else path
+    data = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
     try:
-        text = sys.stdin.read() if path == "-" else Path(path).read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text: {error}") from error
-    lines = [(number, line.strip()) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+        lines = re.split(r"\r\n|\r|\n", text.decode(data))
+    except text.TextError as error:
+        raise ValueError(f"{name} {error}") from error
+    numbered = [(number, line) for number, line in enumerate(map(text.trimmed, lines), 1) if line]
     if path.endswith(".jsonl"):
-        return [_prompt(line, f"{path}, line {number}", Path(path).parent) for number, line in lines]
-    return [Prompt(line) for _, line in lines]
+        return [_prompt(line, f"{path}, line {number}", Path(path).parent) for number, line in numbered]
+    return [Prompt(line) for _, line in numbered]
 
 
 def _prompt(line: str, where: str, folder: Path) -> Prompt:
+    expected = 'expected {"prompt": "...", "references": ["a.png"]}'
     try:
         fields = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{where} is not JSON: {error}") from error
     prompt = fields.get("prompt") if isinstance(fields, dict) else None
-    if not isinstance(prompt, str) or not prompt.strip():
-        raise ValueError(f'{where} has no "prompt"; expected {{"prompt": "...", "references": ["a.png"]}}')
+    if prompt is None:
+        raise ValueError(f'{where} has no "prompt"; {expected}')
+    try:
+        prompt = text.trimmed(text.usable(prompt))
+    except text.TextError as error:
+        raise ValueError(f'{where}: "prompt" {error}') from error
+    if not prompt:
+        raise ValueError(f'{where}: "prompt" is empty; {expected}')
     if unknown := fields.keys() - {"prompt", "references"}:
         raise ValueError(f'{where}: unknown field "{min(unknown)}"; there are "prompt" and "references"')
     names = fields.get("references") or []
     names = [names] if isinstance(names, str) else names
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise ValueError(f'{where}: "references" is neither a path nor a list of paths')
-    return Prompt(prompt.strip(), tuple(str(folder / name) for name in names))
+    return Prompt(prompt, tuple(str(folder / name) for name in names))
 
 
 def missing_references(prompts: Iterable[Prompt]) -> list[str]:
@@ -202,4 +212,6 @@ def metadata(request: Request, weights: str, ema: bool) -> dict[str, str]:
     if r.guided and r.negative_prompt:
         lines.append(f"Negative prompt: {r.negative_prompt}")
     lines.append(", ".join(f"{key}: {value}" for key, value in settings.items() if value is not None))
-    return {"parameters": "\n".join(lines), "flux_trainer": json.dumps(everything, ensure_ascii=False)}
+    chunks = {"parameters": "\n".join(lines), "flux_trainer": json.dumps(everything, ensure_ascii=False)}
+    # Names of files may hold bytes that are not UTF-8.
+    return {name: chunk.encode(errors="replace").decode() for name, chunk in chunks.items()}

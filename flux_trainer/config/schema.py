@@ -84,7 +84,8 @@ class Encoder(Section):
 
 class Source(Section):
     type: Literal["folder", "jsonl", "hf", "synthetic"]
-    """folder: images beside .txt captions; jsonl: an object per line; hf: Hugging Face; synthetic: noise."""
+    """folder: images next to .txt captions, at any depth; jsonl: an object per line; hf: Hugging Face;
+    synthetic: noise."""
     path: str = ""
     """Folder, jsonl file, or data set id (or a folder written by `save_to_disk`)."""
     split: str = "train"

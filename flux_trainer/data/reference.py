@@ -15,7 +15,7 @@ from torch import Tensor
 
 from flux_trainer.data.bad import BadSample
 from flux_trainer.data.image import decode
-from flux_trainer.data.sources import read
+from flux_trainer.data.sources.base import read
 
 UNIT = 16  # pixels of a token, along each side
 

@@ -1,6 +1,8 @@
 """Which settings of two runs differ, in words."""
 
-from flux_trainer.checkpoint.identity import differences, identity
+import pytest
+
+from flux_trainer.checkpoint.identity import CONTENTS, differences, identity
 from flux_trainer.config.schema import Data, JobConfig, Source
 
 
@@ -39,3 +41,52 @@ def test_what_reference_images_become_is_the_same_in_a_resumed_run():
 def test_without_reference_images_their_settings_are_free():
     plain = Source(type="jsonl", path="a")
     assert identity(with_references(-1, plain), 8) == identity(with_references(512, plain, most=3), 8)
+
+
+def with_data(*contents):
+    """The identity of a run on one source for each of `contents`."""
+    sources = [Source(type="jsonl", path=f"{i}.jsonl") for i in range(len(contents))]
+    return {**identity(JobConfig(data=Data(sources=sources)), 8), CONTENTS: list(contents)}
+
+
+def contents(samples, **parts):
+    return {"samples": samples, **parts}
+
+
+@pytest.mark.parametrize(
+    ("saved", "now", "change"),
+    [
+        (contents(3, lines="a"), contents(3, lines="a"), ""),
+        (contents(3, lines="a"), contents(4, lines="b"), "number of samples 3 in the checkpoint, 4 now"),
+        (
+            contents(3, files="a", captions="b"),
+            contents(3, files="a", captions="c"),
+            "as many samples as in the checkpoint, but other captions",
+        ),
+        (
+            contents(3, captions="b", images="a"),
+            contents(3, captions="c", images="b"),
+            "as many samples as in the checkpoint, but other captions and images",
+        ),
+        (contents(3, captions="b"), contents(3, captions="b", images="a"), ""),
+        ("3 rows", contents(3, captions="b", images="a"), ""),
+        ("3 rows", contents(4, captions="b"), "number of samples 3 in the checkpoint, 4 now"),
+        ("20 samples", contents(20), ""),
+        ("0c5f", contents(3, files="0c5f", captions="b"), ""),
+        ("0c5f", contents(3, files="1234", captions="b"), "other samples than in the checkpoint"),
+    ],
+)
+def test_changed_data_are_named_with_their_source_and_what_changed(saved, now, change):
+    """Checkpoints of before hold a hash, or a number of rows."""
+    same = contents(5, lines="a")
+    expected = [f"data.sources[1] (jsonl 1.jsonl): {change}"] if change else []
+    assert differences(with_data(same, saved), with_data(same, now)) == expected
+
+
+def test_another_source_is_named_before_its_contents():
+    saved, now = with_data(contents(3, lines="a")), with_data(contents(4, lines="b"))
+    now["data.sources"][0]["path"] = "b"
+    assert differences(saved, now) == [
+        'data.sources[0].path "0.jsonl" in the checkpoint, "b" now',
+        "data.sources[0] (jsonl b): number of samples 3 in the checkpoint, 4 now",
+    ]

@@ -25,10 +25,10 @@ def test_prompts_come_from_a_file_or_from_standard_input(run, tmp_path, monkeypa
     (tmp_path / "prompts.txt").write_text("a cat, asleep\n\n  a dog \n", encoding="utf-8")
     order, config, _ = plan([folder, "--inference.prompts_path", str(tmp_path / "prompts.txt")], 1)
     assert [r.prompt for r in order.requests] == ["a cat, asleep", "a dog"]
-    monkeypatch.setattr("sys.stdin", io.StringIO("one\ntwo\n"))
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"\xef\xbb\xbfone\r\ntwo\n")))
     order, _, _ = plan([folder, "-"], 1)
     assert [r.prompt for r in order.requests] == ["one", "two"]
-    monkeypatch.setattr("sys.stdin", io.StringIO("one\ntwo\n"))
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"\xef\xbb\xbfone\r\ntwo\n")))
     order, _, _ = plan([folder, "zero", "-", "three", "--count=1"], 1)
     assert [r.prompt for r in order.requests] == ["zero", "one", "two", "three"]
     order, _, _ = plan([folder, "a", "--", "--strange", "-", "-n"], 1)

@@ -71,9 +71,72 @@ def test_palette_and_key_colour_transparency_become_white() -> None:
     assert pixel(keyed) == (255, 255, 255)
 
 
-def test_16_bit_grey_keeps_its_range() -> None:
-    grey = Image.fromarray(np.array([[0, 257 * 100, 65535]], dtype=np.uint16))
-    assert [pixel(encoded(grey), x)[0] for x in range(3)] == [0, 100, 255]
+RAMP = np.array([[0, 257 * 100, 65535]], dtype=np.uint16)
+
+
+PPM = b"P5 3 1 65535\n" + RAMP.astype(">u2").tobytes()
+
+
+@pytest.mark.parametrize(
+    "data", [encoded(Image.fromarray(RAMP), "PNG"), encoded(Image.fromarray(RAMP), "TIFF"), PPM]
+)
+def test_16_bit_grey_keeps_its_range(data: bytes) -> None:
+    assert [pixel(data, x)[0] for x in range(3)] == [0, 100, 255]
+
+
+def tiff(pixels: np.ndarray, bits: int, **tags: int) -> bytes:
+    """A grey TIFF in one strip. `tags`: values of `white_is_zero` and of `sample_format`."""
+    height, width = pixels.shape
+    body = pixels.tobytes()
+    entries = {
+        256: width,
+        257: height,
+        258: bits,
+        259: 1,
+        262: 0 if tags.get("white_is_zero") else 1,
+        273: 0,
+        277: 1,
+        278: height,
+        279: len(body),
+        339: tags.get("sample_format", 1),
+    }
+    entries[273] = 8 + 2 + 12 * len(entries) + 4
+    table = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in entries.items())
+    return struct.pack("<2sHIH", b"II", 42, 8, len(entries)) + table + bytes(4) + body
+
+
+def test_16_bit_grey_may_count_from_white_or_have_a_transparent_value() -> None:
+    inverted = tiff(RAMP, 16, white_is_zero=1)
+    assert [pixel(inverted, x)[0] for x in range(3)] == [255, 155, 0]
+    plain = encoded(Image.fromarray(RAMP), "PNG")
+    body = b"tRNS" + struct.pack(">H", 257 * 100)
+    keyed = plain[:33] + struct.pack(">I", 2) + body + struct.pack(">I", zlib.crc32(body)) + plain[33:]
+    assert [pixel(keyed, x)[0] for x in range(3)] == [0, 255, 255]
+
+
+def test_12_bit_grey_has_a_range_of_its_own() -> None:
+    packed = np.array([[0x00, 0x08, 0x00, 0xFF, 0xF0]], dtype=np.uint8)  # 000 800 FFF, padded
+    data = bytearray(tiff(packed, 12))
+    struct.pack_into("<I", data, 10 + 8, 3)  # its width
+    assert [pixel(bytes(data), x)[0] for x in range(3)] == [0, 128, 255]
+
+
+@pytest.mark.parametrize(
+    ("data", "numbers"),
+    [
+        (encoded(Image.fromarray(RAMP.astype(np.int32)), "TIFF"), "signed integers"),
+        (tiff(RAMP.astype(np.uint32), 32), "32-bit integers"),
+        (tiff(RAMP.astype(np.int16), 16, sample_format=2), "signed integers"),
+        (tiff(RAMP.astype(np.int8), 8, sample_format=2), "signed integers"),
+        (encoded(Image.fromarray(RAMP.astype(np.float32)), "TIFF"), "floating-point numbers"),
+    ],
+    ids=["int32", "uint32", "int16", "int8", "float32"],
+)
+def test_numbers_without_an_agreed_range_are_refused(data: bytes, numbers: str) -> None:
+    with pytest.raises(BadSample) as caught:
+        decode(data, LIMIT)
+    sentence = f"pixels of {numbers} have no agreed range: save the image with 8 or 16 bits"
+    assert str(caught.value) == sentence
 
 
 def test_grey_bilevel_and_cmyk_become_rgb() -> None:
@@ -88,8 +151,10 @@ def test_truncated_rubbish_and_empty_files_are_bad() -> None:
         with pytest.raises(BadSample, match="corrupt image"):
             decode(data[: len(data) // 2], LIMIT)
     for data in (b"", b"rubbish", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"):
-        with pytest.raises(BadSample, match="no known image format"):
+        with pytest.raises(BadSample, match="no known image format; these are JPEG, PNG, "):
             decode(data, LIMIT)
+    with pytest.raises(BadSample, match="this TIFF has a broken header, or pixels of a kind"):
+        decode(tiff(RAMP, 10), LIMIT)
 
 
 def test_a_bomb_is_refused_from_its_header() -> None:
