@@ -65,7 +65,7 @@ def chosen_config(args: argparse.Namespace) -> Any | None:
     if args.config is None:
         return None
     try:
-        values = json.loads(args.config.read_text(encoding="utf-8"))
+        values = json.loads(args.config.read_bytes())
         if not isinstance(values, dict):
             raise ValueError("it holds no object")
         return config_of(values)

@@ -86,6 +86,12 @@ def test_a_model_that_does_not_exist(words, tmp_path, monkeypatch, capsys):
     assert "there are flux-dev" in said or "model.json cannot be used: it has the fields size" in said
 
 
+def test_a_model_described_by_a_file_with_a_byte_order_mark(tmp_path, config):
+    marked = tmp_path / "marked.json"
+    marked.write_bytes(b"\xef\xbb\xbf" + config.read_bytes())
+    assert main(["verify", str(weights_files.bfl(tmp_path)), "--config", str(marked)]) == 0
+
+
 def damaged(name, tmp_path):
     """Broken weights, and what is said of them."""
     if name == "flipped":

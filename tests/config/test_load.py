@@ -247,6 +247,24 @@ def test_a_syntax_error_names_file_and_line(write):
     assert problems("--job.config_file", "a.toml") == ["a.toml:2: not TOML: this is not UTF-8 text"]
 
 
+def test_a_byte_order_mark_is_no_part_of_the_settings(tmp_path):
+    path = tmp_path / "a.toml"
+    path.write_bytes(b"\xef\xbb\xbf[training]\r\nsteps = 3\r\n")
+    assert load_config(["--job.config_file", str(path)]).training.steps == 3
+    path.write_bytes(b"\xef\xbb\xbf[training]\nsteps 3\n")
+    assert problems("--job.config_file", str(path))[0].startswith(f"{path}:2: not TOML: ")
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32"])
+def test_other_encodings_are_called_what_they_are(tmp_path, encoding):
+    """PowerShell's > writes UTF-16."""
+    path = tmp_path / "a.toml"
+    path.write_bytes("[training]\nsteps = 3\n".encode(encoding))
+    assert problems("--job.config_file", str(path)) == [
+        f"{path}:1: not TOML: this is UTF-16 or UTF-32 text; save it as UTF-8"
+    ]
+
+
 def test_a_missing_file_lists_similar_ones(write):
     Path("train_configs").mkdir()
     write("", "train_configs/emoji_tiny.toml")
