@@ -6,10 +6,9 @@ import argparse
 import signal
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from types import FrameType
 
-from flux_trainer.cli.verify import add_model_arguments, chosen_config
+from flux_trainer.cli.verify import add_model_arguments, chosen_config, path_argument
 
 _DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
@@ -44,12 +43,14 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument(
         "source",
-        type=Path,
+        type=path_argument,
         metavar="SOURCE",
         help="a safetensors file (BFL, ComfyUI, diffusers), a folder of diffusers (of a pipeline: its "
         "transformer; name PIPELINE/vae for the autoencoder), a checkpoint, or a run's folder: its newest",
     )
-    parser.add_argument("target", type=Path, metavar="TARGET", help="file (bfl) or folder (the others)")
+    parser.add_argument(
+        "target", type=path_argument, metavar="TARGET", help="file (bfl) or folder (the others)"
+    )
     parser.add_argument(
         "--to",
         choices=["bfl", "diffusers", "dcp", "torchtitan"],

@@ -265,6 +265,28 @@ def test_other_encodings_are_called_what_they_are(tmp_path, encoding):
     ]
 
 
+def test_the_home_folder_in_names_of_settings_files(write, monkeypatch):
+    home = Path("home").absolute()
+    home.mkdir()
+    monkeypatch.setenv("HOME", str(home))
+    for name, steps in (("home/a.toml", 3), ("home/b.toml", 4)):
+        write(f"[training]\nsteps = {steps}\n", name)
+    assert load_config(["--job.config_file=~/a.toml"]).training.steps == 3
+    assert load_config(["--job.config_file", "~/a.toml, ~/b.toml"]).training.steps == 4
+    assert problems("--job.config_file=~/c.toml")[0].startswith(f"{home}/c.toml: no such file")
+    assert problems("--job.config_file=~nobody here/a.toml") == [
+        "command line: job.config_file: ~nobody here is no known home folder; a name that begins with ~ is "
+        "written ./~nobody here/a.toml"
+    ]
+
+
+def test_words_that_are_no_text_are_refused():
+    """A run could not write them into its config.toml."""
+    assert problems("--job.dump_folder=a\udcff") == [
+        "command line: '--job.dump_folder=a\\udcff': not UTF-8 text"
+    ]
+
+
 def test_a_missing_file_lists_similar_ones(write):
     Path("train_configs").mkdir()
     write("", "train_configs/emoji_tiny.toml")
