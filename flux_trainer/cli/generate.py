@@ -64,14 +64,6 @@ beginning of a flag of torchrun, which would stop at it."""
 
 def main(argv: Sequence[str]) -> int:
     """Draw what `argv` asks for; returns the exit status."""
-    try:
-        return _generate(argv)
-    except KeyboardInterrupt:  # while torch is imported; later `exit_status` takes it
-        print("Interrupted.", file=sys.stderr)
-        return 130
-
-
-def _generate(argv: Sequence[str]) -> int:
     if "-h" in argv or "--help" in argv:
         short = "".join(f"  {flag:<12}--inference.{key}\n" for flag, key in ALIASES.items())
         print(f"{_USAGE}{short}\n{help_text('inference')}", end="")
