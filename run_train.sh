@@ -58,7 +58,7 @@ export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=${TORCH_DISABLE_SHARE_RDZV_TCP_STORE:-
 # torch 2.11 knows neither (30 s there), and would refuse the flag.
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600}
 
-# `python -m torch.distributed.run` is torchrun of the interpreter that made the check above.
+# torchrun of the interpreter that made the check above, with a last word of its own.
 launch=(--nnodes "$NNODES" --nproc_per_node "$NGPU" --rdzv_backend c10d --rdzv_id "${RDZV_ID:-flux_trainer}"
     --rdzv_endpoint "${RDZV_ENDPOINT:-localhost:0}")
 if [ "$NGPU" -gt 1 ]; then
@@ -69,4 +69,4 @@ if [ "$NGPU" -gt 1 ]; then
     threads=$((cores / NGPU))
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}
 fi
-exec "$PYTHON" -m torch.distributed.run "${launch[@]}" -m flux_trainer.train "$@"
+exec "$PYTHON" -m flux_trainer.launch "${launch[@]}" -m flux_trainer.train "$@"

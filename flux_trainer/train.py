@@ -1,4 +1,7 @@
-"""One rank of a run: `torchrun -m flux_trainer.train --job.config_file FILE [--section.key value]`."""
+"""One rank of a run: `torchrun -m flux_trainer.train --job.config_file FILE [--section.key value]`.
+
+`python -m flux_trainer.launch` in place of torchrun ends with the sentence by which a rank failed.
+"""
 
 from __future__ import annotations
 
@@ -11,11 +14,21 @@ from flux_trainer.config.schema import JobConfig
 from flux_trainer.config.toml import to_toml
 from flux_trainer.models.widths import check_widths
 from flux_trainer.parallel.arithmetic import check_mesh
+from flux_trainer.runtime import launcher
+from flux_trainer.runtime.interrupt import INTERRUPTED
 from flux_trainer.runtime.log import init_logger, logger
 
 
 def main() -> int:
     """Train as the command line says; returns the exit status."""
+    try:
+        return _main()
+    except KeyboardInterrupt:  # while torch is imported; later `exit_status` takes it
+        print("Interrupted.", file=sys.stderr)
+        return INTERRUPTED
+
+
+def _main() -> int:
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     try:
         config, notices, origins = load(sys.argv[1:])
@@ -23,6 +36,7 @@ def main() -> int:
         check_widths(config)
         check_mesh(config, world_size)
     except ConfigError as error:
+        launcher.tell(str(error))
         if rank == 0:
             print(error, file=sys.stderr)
         return 2
