@@ -133,6 +133,34 @@ def test_a_file_given_as_a_setting_replaces_the_default(run):
     )
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        *(
+            (name, value, "an integer >= 1")
+            for name in ("NGPU", "NNODES")
+            for value in ("abc", "0", "1:2", "08")
+        ),
+        ("NGPU", "auto", "an integer >= 1"),
+        ("LOG_RANK", "first", "ranks such as 0 or 0,1"),
+        ("LOG_RANK", "0,", "ranks such as 0 or 0,1"),
+    ],
+)
+def test_what_is_no_number_is_refused(run, name, value, expected):
+    done = run(CONFIG_FILE="a.toml", **{"NGPU": "2", name: value})
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr == f"{name}={value}: expected {expected}\n"
+
+
+def test_ranks_that_are_not_there_cannot_be_shown(run):
+    done = run(CONFIG_FILE="a.toml", NGPU="2", LOG_RANK="0,2")
+    assert (done.returncode, done.stderr) == (2, "LOG_RANK=0,2: this machine has the ranks 0 to 1\n")
+    assert run(CONFIG_FILE="a.toml", NGPU="", NNODES="", LOG_RANK="").returncode == 0, (
+        "empty: as if not given"
+    )
+
+
 def test_several_machines_need_a_place_to_meet(run):
     done = run(CONFIG_FILE="a.toml", NGPU="1", NNODES="2")
     assert done.returncode == 2
