@@ -278,8 +278,10 @@ class Trainer(ABC):
         """What is due between this step and the next."""
         peers.mark()
         done = self.step == self.config.training.steps
-        if done or stopped or self.step % self.config.checkpoint.interval == 0:
-            self.save(wait=done or stopped)
+        ends, in_backward = done or stopped, bool(self.in_backward)
+        due = ends or self.step % self.config.checkpoint.interval == 0
+        if due and self.guard.has_learned(self.step, ends=ends, in_backward=in_backward):
+            self.save(wait=ends)
         if done or (not stopped and self.step % self.config.validation.freq == 0):
             self.run_validation()
         if self.step % self.config.training.gc_freq == 0:
