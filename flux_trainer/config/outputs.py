@@ -28,6 +28,15 @@ def unusable_outputs(config: JobConfig) -> Iterator[Finding]:
         yield from _checkpoints(config, dump / config.checkpoint.folder)
 
 
+def folders_of_one_run(config: JobConfig) -> Iterator[tuple[str, Path]]:
+    """The setting and the folder of what two runs must not share: the dump folder, checkpoints elsewhere."""
+    dump = Path(config.job.dump_folder)
+    checkpoints = dump / config.checkpoint.folder
+    yield "job.dump_folder", dump
+    if config.checkpoint.enable and not checkpoints.resolve().is_relative_to(dump.resolve()):
+        yield "checkpoint.folder", checkpoints
+
+
 def _folders(config: JobConfig) -> Iterator[tuple[str, str]]:
     """What the run will write into, relative to the dump folder: the setting that asks for it, the folder."""
     checkpoint, profiling, validation = config.checkpoint, config.profiling, config.validation

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from flux_trainer.config.load import load_config
-from flux_trainer.config.outputs import unusable_outputs
+from flux_trainer.config.outputs import folders_of_one_run, unusable_outputs
 
 ALL = [
     "--checkpoint.enable",
@@ -76,3 +76,21 @@ def test_what_lies_where_a_checkpoint_will_be_is_named():
     [(key, _), *_] = found(*flags, "--checkpoint.load_step=15")
     assert key == "checkpoint.load_step"
     assert found("--checkpoint.no-enable") == []
+
+
+@pytest.mark.parametrize(
+    ("flags", "keys"),
+    [
+        (["--checkpoint.enable"], ["job.dump_folder"]),
+        (["--checkpoint.enable", "--checkpoint.folder=../big"], ["job.dump_folder", "checkpoint.folder"]),
+        (["--checkpoint.enable", "--checkpoint.folder=linked"], ["job.dump_folder", "checkpoint.folder"]),
+        (["--checkpoint.folder=../big"], ["job.dump_folder"]),
+    ],
+)
+def test_what_belongs_to_one_run(flags, keys):
+    for name in ("run", "big"):
+        Path(name).mkdir()
+    Path("run/linked").symlink_to("../big")
+    found = list(folders_of_one_run(load_config(["--job.dump_folder=run", *flags])))
+    assert [key for key, _ in found] == keys
+    assert found[-1][1].resolve().name == ("big" if len(keys) == 2 else "run")
