@@ -4,7 +4,7 @@
 #   NGPU           processes on this machine (default: the visible CUDA devices, else 1)
 #   CONFIG_FILE    TOML file; a,b layers several; so does --job.config_file, given once for each
 #                  (default: the embedded data set, train_configs/emoji_tiny.toml)
-#   LOG_RANK       ranks whose output is shown, as 0 or 0,1 (default 0)
+#   LOG_RANK       ranks of this machine whose output is shown, as 0 or 0,1 (default 0)
 #   NNODES, RDZV_ENDPOINT    several machines: their number, and host:port of one of them
 #   PYTHON         interpreter (default python3)
 #
@@ -21,9 +21,16 @@ for word in "$@"; do
         --job.config_file | --job.config_file=*) own_file=1 ;;
     esac
 done
-if [ "$NNODES" -gt 1 ] && [ -z "${RDZV_ENDPOINT:-}" ]; then
-    echo "NNODES=$NNODES machines need RDZV_ENDPOINT=HOST:PORT, the same on each of them: where they meet" >&2
+refuse() {
+    echo "$1" >&2
     exit 2
+}
+for name in NGPU NNODES; do
+    [[ ${!name:-1} =~ ^[1-9][0-9]{0,5}$ ]] || refuse "$name=${!name}: expected an integer >= 1"
+done
+[[ $LOG_RANK =~ ^[0-9]{1,6}(,[0-9]{1,6})*$ ]] || refuse "LOG_RANK=$LOG_RANK: expected ranks such as 0 or 0,1"
+if [ "$NNODES" -gt 1 ] && [ -z "${RDZV_ENDPOINT:-}" ]; then
+    refuse "NNODES=$NNODES machines need RDZV_ENDPOINT=HOST:PORT, the same on each of them: where they meet"
 fi
 
 if [ -z "${CONFIG_FILE:-}${own_file:-}" ]; then
@@ -43,6 +50,12 @@ if [ -z "${NGPU:-}" ]; then
     [ "${NGPU:-0}" -ge 1 ] || NGPU=1
 fi
 
+if [ "$NGPU" -gt 1 ]; then
+    for rank in ${LOG_RANK//,/ }; do
+        [ "$rank" -lt "$NGPU" ] || refuse "LOG_RANK=$LOG_RANK: this machine has the ranks 0 to $((NGPU - 1))"
+    done
+fi
+
 # Mistakes in the settings are answered here, before torch is imported anywhere.
 "$PYTHON" -m flux_trainer config --quiet --ngpu "$((NGPU * NNODES))" "$@"
 
@@ -58,7 +71,7 @@ export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=${TORCH_DISABLE_SHARE_RDZV_TCP_STORE:-
 # torch 2.11 knows neither (30 s there), and would refuse the flag.
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600}
 
-# `python -m torch.distributed.run` is torchrun of the interpreter that made the check above.
+# torchrun of the interpreter that made the check above, with a last word of its own.
 launch=(--nnodes "$NNODES" --nproc_per_node "$NGPU" --rdzv_backend c10d --rdzv_id "${RDZV_ID:-flux_trainer}"
     --rdzv_endpoint "${RDZV_ENDPOINT:-localhost:0}")
 if [ "$NGPU" -gt 1 ]; then
@@ -69,4 +82,4 @@ if [ "$NGPU" -gt 1 ]; then
     threads=$((cores / NGPU))
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}
 fi
-exec "$PYTHON" -m torch.distributed.run "${launch[@]}" -m flux_trainer.train "$@"
+exec "$PYTHON" -m flux_trainer.launch "${launch[@]}" -m flux_trainer.train "$@"

@@ -201,23 +201,25 @@ class Trainer(ABC):
         if self.step == 0:
             self.run_validation()
         logger.info(f"Training starts at step {first_step}")
-        stopped = False
-        with StopFlag(self.world) as stop, self.profiler:
-            while self.step < training.steps and not stopped:
-                peers.mark(self.step + 1)
-                batch, micro_batches = next(batches)
-                self.bad_samples.count(len(batch.draws), batch.bad_draws, batch.bad)
-                self.train_step(micro_batches)
-                del micro_batches  # or they would lie beside the next ones
-                self.profiler.step()
-                stopped = stop.poll()
-                self.after_step(stopped)
-                if self.step == first_step:
-                    self.world.set_timeout(self.config.comm.train_timeout_seconds)
-        gc.enable()
-        self.loader.close()
-        logger.info(ending(self.step, training.steps, self.meter.elapsed, self.config.checkpoint.enable))
-        self.finish()
+        with StopFlag(self.world) as stop:  # until all is closed: a late signal must not lose figures
+            with self.profiler:
+                stopped = False
+                while self.step < training.steps and not stopped:
+                    peers.mark(self.step + 1)
+                    batch, micro_batches = next(batches)
+                    self.bad_samples.count(len(batch.draws), batch.bad_draws, batch.bad)
+                    self.train_step(micro_batches)
+                    del micro_batches  # or they would lie beside the next ones
+                    self.profiler.step()
+                    stopped = stop.poll()
+                    self.after_step(stopped)
+                    if self.step == first_step:
+                        self.world.set_timeout(self.config.comm.train_timeout_seconds)
+            gc.enable()
+            self.loader.close()
+            resumable = self.config.checkpoint.enable
+            logger.info(ending(self.step, training.steps, self.meter.elapsed, resumable, stop.cause))
+            self.finish()
 
     def batches(self) -> Iterator[tuple[Batch, list[Any]]]:
         """This rank's part of each global batch that is left, and its micro-batches."""
@@ -276,8 +278,10 @@ class Trainer(ABC):
         """What is due between this step and the next."""
         peers.mark()
         done = self.step == self.config.training.steps
-        if done or stopped or self.step % self.config.checkpoint.interval == 0:
-            self.save(wait=done or stopped)
+        ends, in_backward = done or stopped, bool(self.in_backward)
+        due = ends or self.step % self.config.checkpoint.interval == 0
+        if due and self.guard.has_learned(self.step, ends=ends, in_backward=in_backward):
+            self.save(wait=ends)
         if done or (not stopped and self.step % self.config.validation.freq == 0):
             self.run_validation()
         if self.step % self.config.training.gc_freq == 0:

@@ -4,8 +4,9 @@ check.
 A checkpoint is written into `step-N.tmp-x`: every rank syncs its files, the first rank adds `manifest.json`
 with sizes and SHA-256, and renames the folder to `step-N`. Thus a folder called `step-N` is whole. Files are
 hashed piece by piece, so that threads and ranks can share the work on one file as well as on many.
-What must go is renamed before it is deleted, so that half-deleted folders do not look whole either. Files
-hold what the names say only on a file system that all ranks share.
+What must go is renamed before it is deleted, so that half-deleted folders do not look whole either. Only
+names and files that the trainer makes are ever deleted, and of a link only the link. Files hold what the
+names say only on a file system that all ranks share.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ import hashlib
 import json
 import os
 import re
-import shutil
 import uuid
 from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
@@ -24,15 +24,25 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from flux_trainer.checkpoint.errors import CheckpointError, DamagedError
+from flux_trainer.checkpoint.metadata import METADATA
 from flux_trainer.runtime.files import sha256, sync, write_json
+from flux_trainer.runtime.log import logger
 
 MANIFEST = "manifest.json"
+STATE = "state.json"
 VERSION = 2
 PIECE = 64 * 2**20
 """Bytes of a file that one hash covers; the last piece has what is left. Part of the format's version."""
 
-_WHOLE = re.compile(r"step-(\d+)")
-_PASSING = re.compile(r"step-(\d+)\.(tmp|old|gone)-\w+")
+_WHOLE = re.compile(r"step-(0|[1-9][0-9]*)")
+_PASSING = re.compile(rf"{_WHOLE.pattern}\.(tmp|old|gone)-[0-9a-f]{{8}}")
+_OWN_FILES = (
+    MANIFEST,
+    STATE,
+    METADATA,
+    "*.distcp",
+    ".*.tmp",
+)  # the first first: without it, the rest is none
 
 Manifest = dict[str, dict[str, Any]]
 """File name -> {"size": bytes, "sha256": [hex of each piece]}; a single hash is of the whole file."""
@@ -58,19 +68,33 @@ def whole_steps(folder: Path) -> list[int]:
 
 
 def tidy(folder: Path) -> None:
-    """Finish what a killed run left: delete passing folders, put back a checkpoint caught being replaced."""
+    """Finish what a killed run left: delete passing folders, put back a checkpoint caught being replaced.
+
+    What cannot be deleted stays, with a warning.
+    """
     for path in folder.iterdir():
-        if name := _PASSING.fullmatch(path.name):
-            target = step_folder(folder, int(name[1]))
-            if name[2] == "old" and not target.exists():
-                path.rename(target)
-            else:
-                shutil.rmtree(path)
+        name = _PASSING.fullmatch(path.name)
+        if not name or not (path.is_dir() or path.is_symlink()):
+            continue
+        target = step_folder(folder, int(name[1]))
+        if name[2] == "old" and not os.path.lexists(target):
+            path.rename(target)
+        else:
+            _delete(path)
     sync(folder)
 
 
 def new_folder(folder: Path, step: int) -> Path:
-    """Make the passing folder into which the checkpoint of `step` is written."""
+    """Make the passing folder into which the checkpoint of `step` is written.
+
+    Raises:
+        CheckpointError: something that is no checkpoint has the name that this one will get.
+    """
+    final = step_folder(folder, step)
+    if os.path.lexists(final) and not (final / MANIFEST).is_file():
+        raise CheckpointError(
+            f"{final} is no complete checkpoint, but in the way of one. Move it to another place."
+        )
     path = _passing(folder, step, "tmp")
     path.mkdir()
     return path
@@ -102,11 +126,13 @@ def publish(path: Path, step: int, files: Manifest) -> None:
     write_manifest(path, step, files)
     final = step_folder(path.parent, step)
     old = _passing(path.parent, step, "old")
-    if final.exists():
+    replaces = os.path.lexists(final)
+    if replaces:
         final.rename(old)
     path.rename(final)
     sync(path.parent)
-    shutil.rmtree(old, ignore_errors=True)  # what remains of it, `tidy` deletes
+    if replaces:
+        _delete(old)
 
 
 def write_manifest(path: Path, step: int, files: Manifest) -> None:
@@ -116,17 +142,43 @@ def write_manifest(path: Path, step: int, files: Manifest) -> None:
 
 
 def discard(folder: Path, step: int) -> None:
-    """Delete the checkpoint of `step`."""
-    gone = _passing(folder, step, "gone")
-    step_folder(folder, step).rename(gone)
-    shutil.rmtree(gone)
+    """Delete the checkpoint of `step`, or as much of it as can be deleted: a warning says what stays.
+
+    Of a link to a checkpoint, only the link is deleted.
+    """
+    path, gone = step_folder(folder, step), _passing(folder, step, "gone")
+    try:
+        path.rename(gone)
+    except OSError as error:
+        logger.warning(f"The old checkpoint {path} could not be deleted: {error.strerror}")
+    else:
+        _delete(gone)
+
+
+def _delete(path: Path) -> None:
+    """Delete what the trainer has written into a passing folder, and the folder unless it holds more."""
+    try:
+        if path.is_symlink():
+            target = os.readlink(path)
+            path.unlink()
+            logger.info(f"{path.name.partition('.')[0]} was a link: it is deleted, and {target} stays")
+            return
+        for file in (file for pattern in _OWN_FILES for file in path.glob(pattern)):
+            file.unlink()
+        others = sorted(file.name for file in path.iterdir())
+        if others:
+            logger.warning(f"{path} stays: it holds files of others ({', '.join(others[:5])})")
+        else:
+            path.rmdir()
+    except OSError as error:
+        logger.warning(f"{path} could not be deleted: {error.filename}: {error.strerror}")
 
 
 def set_aside(folder: Path, step: int) -> Path:
     """Rename a damaged checkpoint so that nobody resumes from it; returns its new place."""
     path = step_folder(folder, step)
     target = path.with_name(f"{path.name}.damaged")
-    if target.exists():
+    if os.path.lexists(target):
         target = path.with_name(f"{path.name}.damaged-{uuid.uuid4().hex[:8]}")
     path.rename(target)
     sync(folder)

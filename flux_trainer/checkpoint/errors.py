@@ -8,6 +8,7 @@ from typing import TypeVar
 import torch.distributed as dist
 
 from flux_trainer.runtime.dist import all_gather
+from flux_trainer.runtime.files import sentence
 
 T = TypeVar("T")
 
@@ -42,7 +43,7 @@ def together(group: dist.ProcessGroup | None, work: Callable[[], T]) -> list[T]:
 
 
 def _sentence(error: Exception) -> str:
-    return str(error) if isinstance(error, OSError) else repr(error)
+    return sentence(error) if isinstance(error, OSError) else repr(error)
 
 
 def on_first(group: dist.ProcessGroup | None, work: Callable[[], T]) -> T:

@@ -17,7 +17,7 @@ from flux_trainer.checkpoint.tensors import on_no_rank, raise_if_any, read_tenso
 from flux_trainer.runtime.layout import WHOLE, Layouts
 from flux_trainer.runtime.log import logger
 
-STATE = "state.json"
+STATE = commit.STATE
 
 NOT_MODEL = ("optimizer.", "ema.", "guard.")
 """Names of a checkpoint that begin so are no parameters of the model."""

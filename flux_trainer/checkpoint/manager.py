@@ -159,10 +159,7 @@ class CheckpointManager:
         keep = self.section.keep_latest_k
         for step in commit.whole_steps(self.folder)[:-keep] if keep else []:
             if step != written:  # the newest by time, if not by number: the run may have gone back
-                try:
-                    commit.discard(self.folder, step)
-                except OSError as error:
-                    logger.warning(f"An old checkpoint could not be deleted: {error}")
+                commit.discard(self.folder, step)
 
     # Reading
 

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import signal
 import sys
 from collections.abc import Sequence
-from pathlib import Path
-from types import FrameType
 
-from flux_trainer.cli.verify import add_model_arguments, chosen_config
+from flux_trainer.cli.verify import add_model_arguments, chosen_config, path_argument
+from flux_trainer.runtime.interrupt import INTERRUPTED, interrupting
 
 _DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
@@ -20,20 +18,12 @@ def main(argv: Sequence[str]) -> int:
     if args.source_missing:
         print(f"flux-trainer convert: there is no file or folder {args.source.absolute()}", file=sys.stderr)
         return 2
-    asked: list[int] = []
-
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        asked.append(number)  # C code may swallow the exception, or take it for a mistake of ours
-        raise KeyboardInterrupt
-
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:  # nohup's wish
-            signal.signal(number, interrupt)
     try:
-        return _convert(args, asked)
+        with interrupting() as asked:
+            return _convert(args, asked)
     except KeyboardInterrupt:
         print(f"\nInterrupted: {args.target} was not written.", file=sys.stderr)
-        return 130
+        return INTERRUPTED
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -44,12 +34,14 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument(
         "source",
-        type=Path,
+        type=path_argument,
         metavar="SOURCE",
         help="a safetensors file (BFL, ComfyUI, diffusers), a folder of diffusers (of a pipeline: its "
         "transformer; name PIPELINE/vae for the autoencoder), a checkpoint, or a run's folder: its newest",
     )
-    parser.add_argument("target", type=Path, metavar="TARGET", help="file (bfl) or folder (the others)")
+    parser.add_argument(
+        "target", type=path_argument, metavar="TARGET", help="file (bfl) or folder (the others)"
+    )
     parser.add_argument(
         "--to",
         choices=["bfl", "diffusers", "dcp", "torchtitan"],

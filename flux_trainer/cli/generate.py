@@ -31,6 +31,7 @@ from flux_trainer.models.registry import FLAVORS
 from flux_trainer.models.widths import check_widths
 from flux_trainer.parallel.arithmetic import check_sharing
 from flux_trainer.runtime.log import init_logger, logger
+from flux_trainer.runtime.paths import expand_home, folder_problem
 
 _USAGE = """\
 usage: flux-trainer generate WEIGHTS [PROMPT | -]... [--SECTION.KEY VALUE]...
@@ -64,14 +65,6 @@ beginning of a flag of torchrun, which would stop at it."""
 
 def main(argv: Sequence[str]) -> int:
     """Draw what `argv` asks for; returns the exit status."""
-    try:
-        return _generate(argv)
-    except KeyboardInterrupt:  # while torch is imported; later `exit_status` takes it
-        print("Interrupted.", file=sys.stderr)
-        return 130
-
-
-def _generate(argv: Sequence[str]) -> int:
     if "-h" in argv or "--help" in argv:
         short = "".join(f"  {flag:<12}--inference.{key}\n" for flag, key in ALIASES.items())
         print(f"{_USAGE}{short}\n{help_text('inference')}", end="")
@@ -104,7 +97,7 @@ def plan(argv: Sequence[str], world_size: int) -> tuple[Order, JobConfig, list[s
     words, names, literal = _words(argv)
     if not names:
         raise ConfigError(["WEIGHTS is missing: flux-trainer generate WEIGHTS PROMPT...; --help says more"])
-    weights = find_weights(names[0])
+    weights = find_weights(expand_home(names[0]))
     arguments = [*names[1:], *literal]
     if arguments:
         words += [f"--inference.prompts={toml.value(arguments)}", "--inference.prompts_path="]
@@ -162,7 +155,7 @@ def _references(argv: Sequence[str]) -> tuple[list[str], list[str]]:
             file = text if equals else next(rest, "")
             if not file or file.startswith("--"):
                 raise ConfigError(["--reference: the name of an image file is missing"])
-            files.append(os.path.expanduser(file))
+            files.append(file)
         else:
             words.append(word)
     return words, files
@@ -212,9 +205,9 @@ def _written_out(argv: Sequence[str]) -> list[str]:
     for word in argv:
         name, equals, text = word.partition("=")
         if out and not word.startswith("--"):
-            word = os.path.abspath(word)
+            word = os.path.abspath(expand_home(word))
         elif name in ALIASES:
-            text = os.path.abspath(text) if name == "--out" and text else text
+            text = os.path.abspath(expand_home(text)) if name == "--out" and text else text
             word = f"--inference.{ALIASES[name]}{equals}{text}"
         out = name == "--out" and not equals
         words.append(word)
@@ -224,15 +217,8 @@ def _written_out(argv: Sequence[str]) -> list[str]:
 def _check_files(order: Order, overwrite: bool) -> None:
     """Raises ConfigError where pictures would fall on others, or cannot be written."""
     folder = order.paths[0].parent
-    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if not there.is_dir():
-        raise ConfigError(
-            [f"{folder}: no pictures can be written there, for {there} is a file; name a folder"]
-        )
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise ConfigError(
-            [f"{folder}: no pictures can be written there, for want of permission; name another"]
-        )
+    if problem := folder_problem(folder):
+        raise ConfigError([f"{folder}: no pictures can be written there: {problem}"])
     taken = [path for path in order.paths if path.exists()]
     if taken and not overwrite:
         more = f" and {len(taken) - 1} more" if len(taken) > 1 else ""

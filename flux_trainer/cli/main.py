@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from flux_trainer import __version__
+from flux_trainer.runtime.interrupt import INTERRUPTED, interrupting
 
 COMMANDS = {
     "config": ("flux_trainer.cli.config", "check the settings of a run and print them, resolved, as TOML"),
@@ -26,7 +27,10 @@ COMMANDS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command named by the first word of `argv` (default: the process's); returns its exit status."""
+    """Run the command named by the first word of `argv` (default: the process's); returns its exit status.
+
+    Ctrl-C, SIGTERM and a closed terminal end any command alike: it removes what it had begun to write.
+    """
     words = list(sys.argv[1:] if argv is None else argv)
     if not words or words[0] in ("-h", "--help"):
         print(_usage())
@@ -39,7 +43,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         guess = f"; did you mean {close[0]}?" if close else f"; the commands are {', '.join(COMMANDS)}"
         print(f"flux-trainer: {words[0]}: unknown command{guess}", file=sys.stderr)
         return 2
-    status: int = importlib.import_module(COMMANDS[words[0]][0]).main(words[1:])
+    try:
+        with interrupting():
+            status: int = importlib.import_module(COMMANDS[words[0]][0]).main(words[1:])
+    except KeyboardInterrupt:
+        print("Interrupted.", file=sys.stderr)
+        return INTERRUPTED
     return status
 
 

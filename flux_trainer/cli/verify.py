@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from flux_trainer.runtime.paths import expand_home
+
 
 def main(argv: Sequence[str]) -> int:
     """Print what lies at the paths in `argv`; returns 0 if all of it is whole, 1 if not, 2 for a mistake."""
@@ -17,7 +19,7 @@ def main(argv: Sequence[str]) -> int:
         description="Says what weights are and whether they are whole: a BFL, ComfyUI or diffusers file, a "
         "folder of diffusers, a checkpoint of this trainer or torchtitan, a run's folder.",
     )
-    parser.add_argument("paths", nargs="+", metavar="PATH")
+    parser.add_argument("paths", nargs="+", metavar="PATH", type=path_argument)
     add_model_arguments(parser)
     args = parser.parse_args(argv)
     from flux_trainer.hub.verify import verify
@@ -39,6 +41,14 @@ def main(argv: Sequence[str]) -> int:
     return 0 if whole else 1
 
 
+def path_argument(text: str) -> Path:
+    """A path on a command line: `~` is not always the shell's to expand (`--config=~/model.json`)."""
+    try:
+        return Path(expand_home(text))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """How a command is told which model weights belong to, where they do not say."""
     which = parser.add_mutually_exclusive_group()
@@ -46,7 +56,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     which.add_argument(
         "--config",
         metavar="JSON",
-        type=Path,
+        type=path_argument,
         help="a file with the model's fields, or diffusers' config.json",
     )
 
@@ -65,7 +75,7 @@ def chosen_config(args: argparse.Namespace) -> Any | None:
     if args.config is None:
         return None
     try:
-        values = json.loads(args.config.read_text(encoding="utf-8"))
+        values = json.loads(args.config.read_bytes())
         if not isinstance(values, dict):
             raise ValueError("it holds no object")
         return config_of(values)

@@ -12,6 +12,7 @@ from typing import Any
 from flux_trainer.config import check_compute, toml
 from flux_trainer.config.check_text import unusable_text
 from flux_trainer.config.files import Finding, missing_files, missing_for_pictures
+from flux_trainer.config.outputs import unusable_outputs
 from flux_trainer.config.pictures import SEED_LIMIT, parse_size
 from flux_trainer.config.problems import ConfigError, origin_of
 from flux_trainer.config.schema import FAMILIES, JobConfig
@@ -26,13 +27,13 @@ def check(
     *,
     files: bool = True,
 ) -> list[str]:
-    """Refuse settings that cannot work together or name files that are not there.
+    """Refuse settings that cannot work together, or name files or folders that cannot be used.
 
     Args:
         config: the settings; each key is already known to be valid alone.
         world_size: number of ranks; None where it is not known yet, which leaves out the checks that need it.
         origins: where each key was written (`Loaded.origins`), to be named in the messages.
-        files: look whether the files that the settings name are there.
+        files: look whether the files that the settings name are there, and their folders can be written to.
 
     Returns:
         Remarks about settings that work, but hardly as they were meant; for the run's log.
@@ -40,7 +41,9 @@ def check(
     Raises:
         ConfigError: with one line for each mistake.
     """
-    findings = [*inconsistencies(config, world_size), *(missing_files(config) if files else ())]
+    findings = [*inconsistencies(config, world_size)]
+    if files:
+        findings += [*missing_files(config), *unusable_outputs(config)]
     if findings:
         raise ConfigError([_line(config, finding, origins or {}) for finding in findings])
     return [_line(config, finding, origins or {}) for finding in _remarks(config, world_size)]

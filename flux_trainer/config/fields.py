@@ -88,8 +88,10 @@ def describe(annotation: Any, constraints: Sequence[Any] = ()) -> str:
     if origin is Literal:
         return ("one of " if len(args) > 1 else "") + ", ".join(toml.value(arg) for arg in args)
     if origin is list:
-        items = "strings" if args[0] is str else "tables" if section_in(annotation) else describe(args[0])
-        return f"a list of {items.removeprefix('one of ')}"
+        if section_in(annotation):
+            return "a list of tables"
+        items = describe(args[0])
+        return f"a list of {'strings' if items == 'a string' else items.removeprefix('one of ')}"
     if section_in(annotation):
         return "a table"
     word = {bool: "true or false", int: "an integer", float: "a number", str: "a string", type(None): "none"}[

@@ -40,7 +40,9 @@ def missing_files(config: JobConfig) -> Iterator[Finding]:
             "metrics.enable_wandb",
             'needs a package that is not installed: pip install "flux_trainer[wandb]"',
         )
-    yield from _folders(config)
+    path = config.checkpoint.initial_load_path
+    if path and not os.path.exists(path):
+        yield "checkpoint.initial_load_path", _not_there(path, "file or folder")
 
 
 def missing_for_pictures(config: JobConfig) -> Iterator[Finding]:
@@ -54,25 +56,25 @@ def missing_for_pictures(config: JobConfig) -> Iterator[Finding]:
 def looks_local(name: str) -> bool:
     """Whether a model's name means a folder: `owner/name` is a hub id unless `owner` is a folder here."""
     parts = Path(name).parts
-    return os.path.isabs(name) or name.startswith((".", "~")) or len(parts) != 2 or os.path.isdir(parts[0])
+    return os.path.isabs(name) or name.startswith(".") or len(parts) != 2 or os.path.isdir(parts[0])
 
 
 def _models(config: JobConfig) -> Iterator[Finding]:
     path = Path(config.encoder.autoencoder_path)
-    if not path.exists():
+    if not os.path.exists(path):
         default = "FLUX.2-dev" if config.model.flavor.startswith("flux2") else "FLUX.1-schnell"
         repo = path.parent.name if path.parent.name.startswith(("FLUX.1-", "FLUX.2-")) else default
         what = {"ae.safetensors": path.name, "vae": "--include 'vae/*'"}.get(path.name)
         command = f"hf download black-forest-labs/{repo} {what} --local-dir {path.parent}"
         brings = f"; `{command}` brings FLUX's" if what else ""
         yield "encoder.autoencoder_path", _not_there(str(path), "file" if path.suffix else "folder") + brings
-    elif path.is_dir() and not [*path.glob("*.safetensors"), *path.glob("vae/*.safetensors")]:
+    elif os.path.isdir(path) and not [*path.glob("*.safetensors"), *path.glob("vae/*.safetensors")]:
         yield "encoder.autoencoder_path", "is a folder without weights: no safetensors file, none in vae/"
     flux2 = config.model.flavor.startswith("flux2")
     commands = {"llm": _language_model(config.model.flavor)} if flux2 else _ENCODERS
     for key in [f"{name}_{part}" for part in ("encoder", "tokenizer") for name in commands]:
         name, brings = getattr(config.encoder, key), commands[key.partition("_")[0]]
-        if name and looks_local(name) and not Path(name).expanduser().is_dir():
+        if name and looks_local(name) and not os.path.isdir(name):
             yield f"encoder.{key}", _not_there(name, "folder") + "; " + brings
         elif key == "llm_encoder" and not name:
             yield f"encoder.{key}", f"but {config.model.flavor} needs a language model; {brings}"
@@ -110,23 +112,9 @@ def _prompts(path: str) -> Iterator[str]:
         yield from (f"cannot be used: {sentence}" for sentence in missing)
 
 
-def _folders(config: JobConfig) -> Iterator[Finding]:
-    dump, section = Path(config.job.dump_folder), config.checkpoint
-    if dump.exists() and not dump.is_dir():
-        yield "job.dump_folder", "is a file; name a folder"
-    if section.initial_load_path and not os.path.exists(section.initial_load_path):
-        yield "checkpoint.initial_load_path", _not_there(section.initial_load_path, "file or folder")
-    if (
-        section.enable
-        and section.load_step >= 0
-        and not (dump / section.folder / f"step-{section.load_step}").is_dir()
-    ):
-        there = sorted((dump / section.folder).glob("step-*"), key=lambda step: (len(step.name), step.name))
-        listed = f"there are {', '.join(step.name for step in there)}" if there else "there are none"
-        yield "checkpoint.load_step", f"is not among the checkpoints in {dump / section.folder}; {listed}"
-
-
 def _not_there(path: str, kind: str) -> str:
+    if os.path.islink(path) and not os.path.exists(path):
+        return f"is a link to {os.readlink(path)}, which is not there"
     where = "" if os.path.isabs(path) else f" (looked in {os.getcwd()})"
     other = " but a folder is" if kind == "file" and os.path.isdir(path) else ""
     other = " but a file is" if kind == "folder" and os.path.isfile(path) else other

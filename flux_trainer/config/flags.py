@@ -9,6 +9,7 @@ from typing import Any, get_origin
 from flux_trainer.config.fields import Path, field_at, parse_text
 from flux_trainer.config.problems import COMMAND_LINE
 from flux_trainer.config.renamed import Assignment, old_name
+from flux_trainer.runtime.paths import expand_home
 
 _CONFIG_FILE = ("job", "config_file")
 
@@ -31,6 +32,9 @@ def parse(argv: Sequence[str]) -> CommandLine:
     words = list(argv)
     while words:
         word = words.pop(0)
+        if any("\ud800" <= letter <= "\udfff" for letter in word):  # how Python keeps bytes that are no text
+            line.problems.append(f"{COMMAND_LINE}: {word!a}: not UTF-8 text")
+            continue
         if word in ("-h", "--help"):
             line.help = words[0] if words and not words[0].startswith("-") else ""
             break
@@ -44,9 +48,13 @@ def parse(argv: Sequence[str]) -> CommandLine:
         if not has_value and words and not words[0].startswith("--") and _takes(path, words[0]):
             has_value, text = "=", words.pop(0)
         if path == _CONFIG_FILE:
-            line.files += [file for file in text.split(",") if file]
             if not text:
                 line.problems.append(f"{COMMAND_LINE}: job.config_file: the name of a TOML file is missing")
+            for file in filter(None, map(str.strip, text.split(","))):
+                try:
+                    line.files.append(expand_home(file))
+                except ValueError as error:
+                    line.problems.append(f"{COMMAND_LINE}: job.config_file: {error}")
             continue
         positive = _without_no(path)
         if positive is None:

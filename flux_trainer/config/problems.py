@@ -90,7 +90,10 @@ def _line(path: Path, details: Sequence[Any], origin: str) -> str:
     else:
         what = "wrong type"
     text = toml.value(given)
-    return f"{origin}: {key} = {text if len(text) <= 60 else text[:57] + '...'}: {what}; expected {expected}"
+    text = text if len(text) <= 60 else text[:57] + "..."
+    if "value_error" in kinds:  # of a validator of our own, which says everything
+        return f"{origin}: {key} = {text}: {details[0]['ctx']['error']}"
+    return f"{origin}: {key} = {text}: {what}; expected {expected}"
 
 
 def _accepts(path: Path) -> tuple[Any, Sequence[Any]]:

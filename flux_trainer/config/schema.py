@@ -15,6 +15,7 @@ from flux_trainer.config.compute import ActivationCheckpoint, Attention, Compile
 from flux_trainer.config.section import (
     NonNegativeFloat,
     NonNegativeInt,
+    PathName,
     PositiveFloat,
     PositiveInt,
     Probability,
@@ -23,7 +24,7 @@ from flux_trainer.config.section import (
 
 
 class Job(Section):
-    dump_folder: str = "./outputs"
+    dump_folder: PathName = "./outputs"
     """Everything the run writes goes below this folder."""
     description: str = "default job"
     """A name for people; shown in the log and in the trackers."""
@@ -54,23 +55,23 @@ class Model(Section):
 
 
 class Encoder(Section):
-    t5_encoder: str = "google/t5-v1_1-xxl"
+    t5_encoder: PathName = "google/t5-v1_1-xxl"
     """T5: a local folder or a hub id."""
-    clip_encoder: str = "openai/clip-vit-large-patch14"
+    clip_encoder: PathName = "openai/clip-vit-large-patch14"
     """CLIP text model: a local folder or a hub id."""
-    t5_tokenizer: str = ""
+    t5_tokenizer: PathName = ""
     """T5 tokenizer: a local folder or a hub id; empty: the one beside the encoder."""
-    clip_tokenizer: str = ""
+    clip_tokenizer: PathName = ""
     """CLIP tokenizer: a local folder or a hub id; empty: the one beside the encoder."""
     max_t5_encoding_len: PositiveInt = 256
     """T5 tokens per caption, padded or cut (512 for FLUX.1-dev, 256 for schnell)."""
-    llm_encoder: str = ""
+    llm_encoder: PathName = ""
     """FLUX.2's language model (Mistral for dev, Qwen3 for klein): a local folder or a hub id."""
-    llm_tokenizer: str = ""
+    llm_tokenizer: PathName = ""
     """Its tokenizer: a local folder or a hub id; empty: the one beside the encoder."""
     max_llm_encoding_len: PositiveInt = 512
     """Its tokens per caption, with those of the chat around it, padded or cut."""
-    autoencoder_path: str = "assets/hf/FLUX.1-dev/ae.safetensors"
+    autoencoder_path: PathName = "assets/hf/FLUX.1-dev/ae.safetensors"
     """Autoencoder: a file of Black Forest Labs, or a file or folder of diffusers."""
     autoencoder_sample: bool = True
     """Draw latents from the autoencoder's posterior; false: take its mean."""
@@ -86,7 +87,7 @@ class Source(Section):
     type: Literal["folder", "jsonl", "hf", "synthetic"]
     """folder: images next to .txt captions, at any depth; jsonl: an object per line; hf: Hugging Face;
     synthetic: noise."""
-    path: str = ""
+    path: PathName = ""
     """Folder, jsonl file, or data set id (or a folder written by `save_to_disk`)."""
     split: str = "train"
     """Split of a Hugging Face data set."""
@@ -97,7 +98,7 @@ class Source(Section):
     reference_key: str = ""
     """jsonl: the field with the path of a reference image, or a list of paths; where it is missing, a sample
     has none."""
-    reference_paths: list[str] = []
+    reference_paths: list[PathName] = []
     """folder: folders of reference images. A sample's are the files of the same relative name, whatever their
     ending, in each of these; where one has no such file, a sample has one fewer."""
     weight: NonNegativeFloat | None = None
@@ -230,11 +231,11 @@ class EMA(Section):
 class Checkpoint(Section):
     enable: bool = False
     """Save checkpoints, and resume from the newest one in the dump folder."""
-    folder: str = "checkpoint"
-    """Below job.dump_folder."""
+    folder: PathName = "checkpoint"
+    """Below job.dump_folder, unless it is an absolute path."""
     interval: PositiveInt = 500
     """Steps between saves. The last step is always saved."""
-    initial_load_path: str = ""
+    initial_load_path: PathName = ""
     """Weights that start a run which has nothing to resume: a checkpoint (step-N) of this trainer or of
     torchtitan, a file of Black Forest Labs, a folder of diffusers. What it is, is found out."""
     keep_latest_k: NonNegativeInt = 10
@@ -268,23 +269,23 @@ class Validation(Section):
     """The loss is averaged over t = (i + 0.5) / timesteps."""
     prompts: list[str] = []
     """Captions that are drawn as pictures at each validation."""
-    prompts_path: str = ""
+    prompts_path: PathName = ""
     """A text file with one prompt per line, in place of the list; or a jsonl file: {"prompt": "...",
     "references": ["a.png"]} in each line."""
     denoising_steps: PositiveInt = 50
     enable_classifier_free_guidance: bool = True
     classifier_free_guidance_scale: NonNegativeFloat = 5.0
-    save_img_folder: str = "img"
-    """Below job.dump_folder."""
+    save_img_folder: PathName = "img"
+    """Below job.dump_folder, unless it is an absolute path."""
 
 
 class Inference(Section):
     prompts: list[str] = []
     """What `flux-trainer generate` draws."""
-    prompts_path: str = ""
+    prompts_path: PathName = ""
     """A text file with one prompt per line, in place of the list; -: standard input. Or a jsonl file:
     {"prompt": "...", "references": ["a.png"]} in each line."""
-    references: list[str] = []
+    references: list[PathName] = []
     """Image files that all prompts refer to, before those of a jsonl file."""
     reference_size: PositiveInt | None = None
     """As data.reference_size. Unset: as the run was trained, or as published: for FLUX.2 2024 pixels, 1024
@@ -311,7 +312,7 @@ class Inference(Section):
     """Also put all pictures on one sheet."""
     overwrite: bool = False
     """Replace pictures of the same names."""
-    save_img_folder: str = "inference_results"
+    save_img_folder: PathName = "inference_results"
     """Below job.dump_folder, unless it is an absolute path."""
 
 
@@ -320,16 +321,16 @@ class Metrics(Section):
     """Steps between log lines."""
     disable_color_printing: bool = False
     enable_tensorboard: bool = False
-    save_tb_folder: str = "tb"
-    """Below job.dump_folder."""
+    save_tb_folder: PathName = "tb"
+    """Below job.dump_folder, unless it is an absolute path."""
     enable_wandb: bool = False
     """Log to Weights & Biases (extra `wandb`)."""
 
 
 class Profiling(Section):
     enable_profiling: bool = False
-    save_traces_folder: str = "profile_traces"
-    """Below job.dump_folder."""
+    save_traces_folder: PathName = "profile_traces"
+    """Below job.dump_folder, unless it is an absolute path."""
     profile_freq: PositiveInt = 10
     """Steps from one trace to the next."""
     profiler_active: PositiveInt = 1
@@ -337,8 +338,8 @@ class Profiling(Section):
     profiler_warmup: NonNegativeInt = 3
     enable_memory_snapshot: bool = False
     """On CUDA: write an allocation history beside each trace."""
-    save_memory_snapshot_folder: str = "memory_snapshot"
-    """Below job.dump_folder."""
+    save_memory_snapshot_folder: PathName = "memory_snapshot"
+    """Below job.dump_folder, unless it is an absolute path."""
 
 
 class Comm(Section):

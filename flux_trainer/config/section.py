@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+
+from flux_trainer.runtime.paths import expand_home
 
 PositiveInt = Annotated[int, Field(ge=1)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
@@ -12,6 +14,8 @@ PositiveFloat = Annotated[float, Field(gt=0)]
 NonNegativeFloat = Annotated[float, Field(ge=0)]
 Probability = Annotated[float, Field(ge=0, le=1)]
 Degree = Annotated[int, Field(ge=1)]
+PathName = Annotated[str, AfterValidator(expand_home)]
+"""A file or folder, or a name on the Hugging Face hub; a leading ~ is the home folder."""
 
 
 class Section(BaseModel):

@@ -5,6 +5,7 @@ Writing needs only scalars, arrays and tables of tables, so these few lines stan
 
 from __future__ import annotations
 
+import codecs
 import json
 import re
 import sys
@@ -20,7 +21,7 @@ else:
 
 
 def read(path: str) -> dict[str, Any]:
-    """The tables of a TOML file.
+    """The tables of a TOML file in UTF-8, with or without a byte order mark.
 
     Raises:
         OSError: the file cannot be read.
@@ -28,8 +29,10 @@ def read(path: str) -> dict[str, Any]:
     """
     with open(path, "rb") as file:
         content = file.read()
+    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in content[:4]:
+        raise ValueError(f"{path}:1: not TOML: this is UTF-16 or UTF-32 text; save it as UTF-8")
     try:
-        text = content.decode()
+        text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
         raise ValueError(f"{path}:{line}: not TOML: this is not UTF-8 text") from error

@@ -22,6 +22,7 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 from flux_trainer.config.schema import Data
 from flux_trainer.data.bad import DataError
 from flux_trainer.data.samples import Batch, Sample, ValidationSamples
+from flux_trainer.runtime import interrupt
 
 
 class Samples(Protocol):
@@ -122,8 +123,7 @@ class Workers:
 
 def ignore_stop_signals(worker: int) -> None:
     """A stop signal often goes to the whole process group; the main process saves, then ends its workers."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    interrupt.ignore()
 
 
 class TrainLoader:

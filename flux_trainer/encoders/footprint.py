@@ -196,4 +196,4 @@ def _config(spec: str) -> dict[str, Any] | None:
     path = Path(spec).expanduser() / "config.json"
     if not spec or not path.is_file():
         return None
-    return dict(json.loads(path.read_text(encoding="utf-8")))
+    return dict(json.loads(path.read_bytes()))

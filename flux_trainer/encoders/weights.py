@@ -75,7 +75,7 @@ class Checkpoint:
         self.hint = hint
         self.files: dict[str, Any] = {}  # file name -> open safetensors file (mapped, not read)
         if (folder / INDEX).is_file():
-            weight_map: dict[str, str] = json.loads((folder / INDEX).read_text())["weight_map"]
+            weight_map: dict[str, str] = json.loads((folder / INDEX).read_bytes())["weight_map"]
             for file in sorted(set(weight_map.values())):
                 self._open(file, f" (named in {INDEX})")
         elif (folder / SINGLE).is_file():

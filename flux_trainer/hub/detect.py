@@ -69,7 +69,7 @@ def config_beside(place: Place) -> tuple[Path, dict[str, Any]] | None:
     if place.kind != "safetensors" or file is None:
         return None
     try:
-        values = json.loads(file.read_text(encoding="utf-8"))
+        values = json.loads(file.read_bytes())
     except ValueError as error:
         raise WeightsError(f"{file} is not valid JSON: {error}.") from error
     if not isinstance(values, dict):

@@ -85,7 +85,7 @@ def _unreadable(path: Path, why: str) -> WeightsError:
 def read_index(index: Path) -> dict[str, str]:
     """Tensor name -> file name, from the index of a sharded set."""
     try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        weight_map = json.loads(index.read_bytes())["weight_map"]
         names = {str(name): str(file) for name, file in weight_map.items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise WeightsError(f"{index} is damaged: it has no map from tensors to files.") from error

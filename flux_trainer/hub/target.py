@@ -22,6 +22,7 @@ from flux_trainer.hub.errors import WeightsError
 from flux_trainer.hub.safetensors_files import INDEX_SUFFIX
 from flux_trainer.runtime.files import sync
 from flux_trainer.runtime.log import logger
+from flux_trainer.runtime.paths import folder_problem
 
 Format = Literal["bfl", "diffusers", "dcp", "torchtitan"]
 """bfl: one file. diffusers: a folder with config.json. dcp: a checkpoint (step-N) of this trainer, without an
@@ -55,10 +56,14 @@ def check_target(target: Path, to: Format, overwrite: bool) -> Path:
             f"{target}: {to} is a folder; its name cannot end in {target.suffix}. "
             "A file is called *.safetensors and written with --to bfl."
         )
-    target = Path(os.path.realpath(target))
-    parent = existing_parent(target)
-    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-        raise WeightsError(f"{target} cannot be made: {parent} is no folder that you may write to.")
+    link, target = target, Path(os.path.realpath(target))
+    if problem := folder_problem(link.parent) or folder_problem(target.parent):
+        raise WeightsError(f"{link} cannot be made: {problem}.")
+    if link.is_symlink() and not target.parent.is_dir():
+        raise WeightsError(
+            f"{link} is a link to {target}, whose folder is not there. Mount its disk, or choose another "
+            "name."
+        )
     if not target.exists():
         return target
     if not overwrite:

@@ -50,12 +50,12 @@ def validation_line(
     return _join([*fields, ("time", "time", duration(seconds))], color)
 
 
-def ending(step: int, total_steps: int, seconds: float, resumable: bool) -> str:
-    """What is said after the last step: that the run is complete, or was stopped and can go on."""
+def ending(step: int, total_steps: int, seconds: float, resumable: bool, cause: str = "a signal") -> str:
+    """What is said after the last step: that the run is complete, or what stopped it, and how to go on."""
     if step == total_steps:
         return f"Training completed: step {step} of {total_steps}, {duration(seconds).strip()}"
     again = " The same command goes on from here." if resumable else ""
-    return f"Stopped by a signal after step {step} of {total_steps}.{again}"
+    return f"Stopped by {cause} after step {step} of {total_steps}.{again}"
 
 
 def nothing_left(dump_folder: Path, step: int, total_steps: int) -> str:

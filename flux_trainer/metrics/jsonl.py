@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-
-from PIL import Image
 
 from flux_trainer.metrics.meter import Reading
 from flux_trainer.runtime.files import write_text
@@ -29,7 +27,7 @@ class JsonLines:
         if path.exists():
             if resumed_step:
                 _rewind(path, resumed_step)
-            else:
+            elif path.stat().st_size:  # of a start that failed before its first figure: nothing to keep
                 path.replace(path.with_suffix(".previous.jsonl"))
         self._file = path.open("a", encoding="utf-8")
 
@@ -37,9 +35,6 @@ class JsonLines:
         finite = {name: _finite(value) for name, value in values.items()}
         self._file.write(json.dumps({"step": step, **finite}, allow_nan=False) + "\n")
         self._file.flush()
-
-    def images(self, step: int, tag: str, picture: Image.Image, captions: Sequence[str]) -> None:
-        """Pictures are not numbers: none here."""
 
     def close(self) -> None:
         self._file.close()

@@ -33,6 +33,11 @@ TAGS = {
 }
 
 
+def one_line(error: Exception) -> str:
+    """What another package's error says, without line breaks."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
 def tagged(values: Reading) -> dict[str, float]:
     """`values` under their tracker names, without the step and without what is unknown."""
     return {TAGS.get(name, name): v for name, v in values.items() if name != "step" and v is not None}
@@ -67,11 +72,17 @@ class WeightsAndBiases:
     """
 
     def __init__(self, dump_folder: Path, resumed_step: int, config: Mapping[str, Any]) -> None:
+        """Begin or continue the run.
+
+        Raises:
+            ValueError: the package is not installed, or W&B refuses: there is no key, no connection, ...
+        """
         try:
             import wandb
         except ImportError as error:
             raise ValueError(
-                'metrics.enable_wandb needs the package wandb: pip install "flux_trainer[wandb]"'
+                'metrics.enable_wandb needs the package wandb: pip install "flux_trainer[wandb]" '
+                f"({one_line(error)})"
             ) from error
 
         id_file = dump_folder / "wandb_run_id.txt"
@@ -79,21 +90,28 @@ class WeightsAndBiases:
         env = os.environ
         dump_folder.mkdir(parents=True, exist_ok=True)
         self._wandb: Any = wandb
-        self._run: Any = wandb.init(
-            dir=str(dump_folder),
-            entity=env.get("WANDB_TEAM"),
-            project=env.get("WANDB_PROJECT", "flux_trainer"),
-            name=env.get("WANDB_RUN_NAME"),
-            id=env.get("WANDB_RUN_ID", known_id),
-            notes=env.get("WANDB_RUN_NOTES"),
-            tags=env["WANDB_RUN_TAGS"].split(",") if "WANDB_RUN_TAGS" in env else None,
-            group=env.get("WANDB_RUN_GROUP"),
-            job_type=env.get("WANDB_RUN_JOB_TYPE"),
-            resume_from=env.get("WANDB_RESUME_FROM"),
-            fork_from=env.get("WANDB_FORK_FROM"),
-            resume="allow" if known_id else None,
-            config=dict(config),
-        )
+        words = {
+            "dir": str(dump_folder),
+            "entity": env.get("WANDB_TEAM"),
+            "project": env.get("WANDB_PROJECT", "flux_trainer"),
+            "name": env.get("WANDB_RUN_NAME"),
+            "id": env.get("WANDB_RUN_ID", known_id),
+            "notes": env.get("WANDB_RUN_NOTES"),
+            "tags": env["WANDB_RUN_TAGS"].split(",") if "WANDB_RUN_TAGS" in env else None,
+            "group": env.get("WANDB_RUN_GROUP"),
+            "job_type": env.get("WANDB_RUN_JOB_TYPE"),
+            "resume_from": env.get("WANDB_RESUME_FROM"),
+            "fork_from": env.get("WANDB_FORK_FROM"),
+            "resume": "allow" if known_id else None,
+            "config": dict(config),
+        }
+        try:
+            self._run: Any = wandb.init(**words)
+        except Exception as error:  # of its own classes, of its connections, of other packages
+            raise ValueError(
+                f"Weights & Biases cannot be used: {one_line(error)} (`wandb login` stores a key, "
+                "WANDB_MODE=offline keeps the figures on this disk, --metrics.no-enable_wandb does without)"
+            ) from error
         id_file.write_text(self._run.id + "\n")
 
     def scalars(self, step: int, values: Reading) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -11,7 +11,8 @@ from PIL import Image
 from flux_trainer.config.schema import Metrics
 from flux_trainer.metrics.jsonl import JsonLines
 from flux_trainer.metrics.meter import Reading
-from flux_trainer.metrics.trackers import TensorBoard, WeightsAndBiases
+from flux_trainer.metrics.trackers import TensorBoard, WeightsAndBiases, one_line
+from flux_trainer.runtime.log import logger
 
 
 class Writer(Protocol):
@@ -28,7 +29,10 @@ class Writer(Protocol):
 
 
 class Writers:
-    """Sends everything to each destination that the settings name; only rank 0 has any."""
+    """Sends everything to each destination that the settings name; only rank 0 has any.
+
+    A tracker that fails later in the run is left out with a warning.
+    """
 
     def __init__(
         self,
@@ -47,28 +51,44 @@ class Writers:
             config: the resolved settings, for trackers that show them.
 
         Raises:
-            ValueError: a tracker's package is not installed.
+            ValueError: a tracker's package is not installed, or it refuses the run.
+            OSError: a file cannot be written.
         """
-        self._writers: list[Writer] = []
+        self._figures: JsonLines | None = None
+        self._trackers: dict[str, Writer] = {}
         if rank != 0:
             return
-        self._writers.append(JsonLines(dump_folder / "metrics.jsonl", resumed_step))
-        if section.enable_tensorboard:
-            self._writers.append(TensorBoard(dump_folder / section.save_tb_folder, resumed_step))
+        # The tracker that may refuse comes first: nothing has been changed yet.
         if section.enable_wandb:
-            self._writers.append(WeightsAndBiases(dump_folder, resumed_step, config or {}))
+            self._trackers["Weights & Biases"] = WeightsAndBiases(dump_folder, resumed_step, config or {})
+        if section.enable_tensorboard:
+            self._trackers["TensorBoard"] = TensorBoard(dump_folder / section.save_tb_folder, resumed_step)
+        self._figures = JsonLines(dump_folder / "metrics.jsonl", resumed_step)
 
     def scalars(self, step: int, values: Reading) -> None:
         """Record numbers by name for a step."""
-        for writer in self._writers:
-            writer.scalars(step, values)
+        if self._figures:
+            self._figures.scalars(step, values)
+        self._tell(lambda tracker: tracker.scalars(step, values))
 
     def images(self, step: int, tag: str, picture: Image.Image, captions: Sequence[str]) -> None:
         """Record a picture with its captions for a step."""
-        for writer in self._writers:
-            writer.images(step, tag, picture, captions)
+        self._tell(lambda tracker: tracker.images(step, tag, picture, captions))
 
     def close(self) -> None:
         """Write what is buffered; at the end of the run."""
-        for writer in self._writers:
-            writer.close()
+        if self._figures:
+            self._figures.close()
+        self._tell(lambda tracker: tracker.close())
+
+    def _tell(self, call: Callable[[Writer], None]) -> None:
+        """Make a call to each tracker. One that fails gets no more calls: training is worth more."""
+        for name, tracker in list(self._trackers.items()):
+            try:
+                call(tracker)
+            except Exception as error:  # of another package: any class
+                del self._trackers[name]
+                logger.warning(
+                    f"{name} has failed and gets no more figures; metrics.jsonl has all of them: "
+                    f"{one_line(error)}"
+                )

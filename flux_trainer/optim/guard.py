@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from flux_trainer.runtime.layout import WHOLE, Layouts, local
+from flux_trainer.runtime.log import logger
 
 SPIKE_MEMORY = 0.98  # weight of the past in the running mean of the gradient norm
 SPIKE_WARMUP = 50  # accepted steps before the mean is trusted
@@ -99,6 +100,29 @@ class Guard:
         self.longest_skip.copy_(torch.maximum(self.longest_skip, self.skipped_in_row))
         return 1 - good
 
+    def has_learned(self, step: int, *, ends: bool, in_backward: bool) -> bool:
+        """Whether any step up to `step` was accepted, so that there is something to save.
+
+        Reading the count waits for the device.
+
+        Args:
+            ends: whether the run ends here.
+            in_backward: whether each parameter steps by itself, and is skipped by itself.
+
+        Raises:
+            SkippedTooOften: the run ends, and nothing was learned.
+        """
+        if self.accepted.item():
+            return True
+        what = f"Each step up to step {step} was skipped: its gradients were not finite"
+        if ends:
+            raise SkippedTooOften(
+                f"{what}. The weights are as they were at the start{_where(in_backward)}, so there is no "
+                "checkpoint. Lower optimizer.lr, or look at the data and at the weights the run started from."
+            )
+        logger.warning(f"{what}, so no checkpoint is written yet")
+        return False
+
     def tensors(self) -> dict[str, Tensor]:
         """Live state for a checkpoint."""
         names = ("mean", "accepted", "skipped", "skipped_in_row", "longest_skip")
@@ -113,9 +137,12 @@ def raise_if_skipped_too_often(skips: int, step: int, most: int, *, in_backward:
         in_backward: whether each parameter steps by itself, and is skipped by itself.
     """
     if skips >= most:
-        where_finite = " where gradients were not finite" if in_backward else ""
         raise SkippedTooOften(
             f"{skips} steps in a row were skipped up to step {step}: their gradients were not finite, or "
-            f"jumped (training.spike_factor). The weights are as before them{where_finite}. Lower "
+            f"jumped (training.spike_factor). The weights are as before them{_where(in_backward)}. Lower "
             "optimizer.lr, or look at the data."
         )
+
+
+def _where(in_backward: bool) -> str:
+    return " where gradients were not finite" if in_backward else ""

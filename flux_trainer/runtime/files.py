@@ -58,6 +58,13 @@ def sha256(path: str | Path, start: int = 0, size: int | None = None) -> str:
     return digest.hexdigest()
 
 
+def sentence(error: BaseException) -> str:
+    """An error's text; of the system's errors the reason and the file, without the number."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return str(error)
+
+
 def ensure_space(folder: str | Path, needed: int) -> None:
     """Raise OSError (ENOSPC) when the disk of `folder` has fewer than `needed` bytes left for us.
 

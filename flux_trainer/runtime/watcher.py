@@ -35,6 +35,7 @@ import sys
 import time
 from dataclasses import asdict
 
+from flux_trainer.runtime import interrupt
 from flux_trainer.runtime.blame import End, Report, blame, evident, text
 from flux_trainer.runtime.line import Line, Message
 from flux_trainer.runtime.log import init_logger, logger
@@ -200,8 +201,7 @@ class Watcher:
 def main() -> None:
     """What `peers.watch` starts: `watcher JSON`, with the numbers of the inherited connections in it."""
     # A stop signal may go to all processes of a machine; the rank saves, then takes its leave.
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        signal.signal(number, signal.SIG_IGN)
+    interrupt.ignore()
     start = json.loads(sys.argv[1])
     init_logger(start["rank"])
     neighbours = []

@@ -36,19 +36,96 @@ def test_published_folders_count_in_number_order(tmp_path):
     assert commit.whole_steps(tmp_path / "absent") == []
 
 
+OTHERS = (
+    "step-5.old-backup",
+    "step-5.tmp-1",
+    "step-8.gone-0123ABCD",
+    "step-08.tmp-0123abcd",
+    "step-6.damaged",
+)
+
+
 def test_tidy_removes_what_a_kill_left_and_nothing_else(tmp_path):
     make(tmp_path, 1)
     (commit.new_folder(tmp_path, 2) / "__0_0.distcp").write_bytes(b"part")
-    make(tmp_path, 3).rename(tmp_path / "step-3.gone-00aa")
-    make(tmp_path, 4).rename(tmp_path / "step-4.old-00aa")  # killed between the two renames of a replacement
-    make(tmp_path, 5).rename(tmp_path / "step-5.old-00aa")
+    make(tmp_path, 3).rename(tmp_path / "step-3.gone-0123abcd")
+    # Killed between the two renames of a replacement:
+    make(tmp_path, 4).rename(tmp_path / "step-4.old-0123abcd")
+    make(tmp_path, 5).rename(tmp_path / "step-5.old-0123abcd")
     make(tmp_path, 5, b"newer")
-    (tmp_path / "step-6.damaged").mkdir()
-    (tmp_path / "notes.txt").write_text("mine")
+    for name in OTHERS:
+        make(tmp_path, 9).rename(tmp_path / name)
+    files = ("notes.txt", "step-7", "step-10.old-0123abcd")
+    for name in files:
+        (tmp_path / name).write_text("mine")
     commit.tidy(tmp_path)
-    assert names(tmp_path) == ["notes.txt", "step-1", "step-4", "step-5", "step-6.damaged"]
+    assert names(tmp_path) == sorted([*files, *OTHERS, "step-1", "step-4", "step-5"])
     assert (tmp_path / "step-5" / STATE).read_bytes().startswith(b"newer")
     verify(tmp_path / "step-4")
+
+
+def test_of_a_link_only_the_link_is_deleted(tmp_path, caplog):
+    """A checkpoint that was moved to another disk, and linked back."""
+    big, folder = tmp_path / "big", tmp_path / "run"
+    big.mkdir()
+    folder.mkdir()
+    for step in (1, 2, 3):
+        make(folder, step).rename(big / f"step-{step}")
+        (folder / f"step-{step}").symlink_to(big / f"step-{step}")
+    assert commit.whole_steps(folder) == [1, 2, 3]
+    with caplog.at_level(logging.INFO, "flux_trainer"):
+        commit.discard(folder, 1)
+    assert f"step-1 was a link: it is deleted, and {big / 'step-1'} stays" in caplog.text
+    make(folder, 2, b"newer")  # a run that went back
+    (folder / "step-3").rename(folder / "step-3.gone-0123abcd")  # killed while it deleted
+    (folder / "step-4.old-0123abcd").symlink_to(tmp_path / "unmounted")
+    (folder / "step-4").symlink_to(tmp_path / "unmounted")
+    commit.tidy(folder)
+    assert names(folder) == ["step-2", "step-4"]
+    assert not (folder / "step-2").is_symlink()
+    for step in (1, 2, 3):
+        verify(big / f"step-{step}")
+
+
+def test_files_of_others_in_a_checkpoint_stay(tmp_path, caplog):
+    path = make(tmp_path, 1)
+    (path / "README.md").write_text("the good one")
+    commit.discard(tmp_path, 1)
+    commit.tidy(tmp_path)
+    [left] = tmp_path.iterdir()
+    assert names(left) == ["README.md"]
+    assert f"{left} stays: it holds files of others (README.md)" in caplog.text
+
+
+def test_what_cannot_be_deleted_stays_with_a_warning(tmp_path, caplog, monkeypatch):
+    make(tmp_path, 1)
+    (tmp_path / "step-2.gone-0123abcd").mkdir()
+
+    def refuse(path, *_):
+        raise OSError(errno.EBUSY, "Device or resource busy", str(path))
+
+    for call in ("rmdir", "rename"):
+        monkeypatch.setattr(commit.Path, call, refuse)
+        commit.discard(tmp_path, 1)
+        commit.tidy(tmp_path)
+    assert f"{tmp_path}/step-2.gone-0123abcd could not be deleted" in caplog.text
+    assert "busy" in caplog.text
+
+
+@pytest.mark.parametrize("kind", ["file", "folder", "link"])
+def test_what_is_no_checkpoint_is_never_replaced_by_one(tmp_path, kind):
+    path = tmp_path / "step-1"
+    if kind == "file":
+        path.write_text("mine")
+    elif kind == "link":
+        path.symlink_to("unmounted")
+    else:
+        path.mkdir()
+        (path / "__0_0.distcp").write_bytes(b"part of a copy")
+    with pytest.raises(CheckpointError, match="step-1 is no complete checkpoint, but in the way of one"):
+        make(tmp_path, 1)
+    assert names(tmp_path) == ["step-1"]
+    assert kind != "folder" or names(path) == ["__0_0.distcp"]
 
 
 def test_a_step_can_be_written_again(tmp_path):
@@ -142,7 +219,7 @@ def test_errors_of_hashing_reach_the_caller(tmp_path, monkeypatch):
     with pytest.raises(DamagedError, match=r"step-1 is damaged: __0_0\.distcp \(unreadable\)\.$"):
         verify(path)
     number = errno.EACCES
-    with pytest.raises(CheckpointError, match=r"cannot read this: .*__0_0\.distcp") as caught:
+    with pytest.raises(CheckpointError, match=r"__0_0\.distcp: cannot read this") as caught:
         verify(path)
     assert not isinstance(caught.value, DamagedError)
 
@@ -208,3 +285,14 @@ def test_set_aside_never_overwrites(tmp_path):
     make(tmp_path, 1)
     second = commit.set_aside(tmp_path, 1).name
     assert names(tmp_path) == sorted(["step-1.damaged", second])
+
+
+def test_set_aside_of_a_link_leaves_what_it_points_to(tmp_path):
+    make(tmp_path, 1).rename(tmp_path / "big")
+    (tmp_path / "step-1").symlink_to(tmp_path / "big")
+    (tmp_path / "step-1.damaged").symlink_to("unmounted")
+    aside = commit.set_aside(tmp_path, 1)
+    assert aside.is_symlink()
+    assert aside.name.startswith("step-1.damaged-")
+    assert (tmp_path / "step-1.damaged").is_symlink()
+    verify(tmp_path / "big")

@@ -87,6 +87,18 @@ def test_old_ones_are_deleted_but_never_the_one_just_written(tmp_path):
     assert len(names(keeps_all)) == 4
 
 
+def test_an_old_one_that_lies_elsewhere_loses_its_link_alone(tmp_path):
+    manager = make(tmp_path, keep_latest_k=2)
+    for step in (1, 2):
+        save(manager, step)
+    (manager.folder / "step-1").rename(tmp_path / "big")
+    (manager.folder / "step-1").symlink_to(tmp_path / "big")
+    save(manager, 3)
+    assert names(manager) == ["step-2", "step-3"]
+    assert len(list((tmp_path / "big").iterdir())) == 4
+    assert make(tmp_path, keep_latest_k=2).resume(tensors(0), IDENTITY)["step"] == 3
+
+
 def test_load_step_goes_back_and_says_so(tmp_path, caplog):
     manager = make(tmp_path)
     for step in (1, 2, 3):

@@ -68,6 +68,19 @@ def test_short_flags_and_where_pictures_go(run, tmp_path, monkeypatch):
     assert order.paths == [folder / "inference_results/001_a_16x16_seed0.png"]
 
 
+def test_the_home_folder_in_words(run, tmp_path, monkeypatch):
+    """A shell does not expand what follows an equals sign, nor what is quoted."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "weights").symlink_to(run[0] / "run")
+    (tmp_path / "a.png").touch()
+    for out in (["--out=~/b"], ["--out", "~/b"], ["--inference.save_img_folder=~/b"]):
+        order, _, _ = plan(["~/weights", "a", *out, "--reference", "~/a.png"], 1)
+        assert order.paths == [tmp_path / "b/001_a_16x16_seed0.png"]
+        assert order.requests[0].references == (str(tmp_path / "a.png"),)
+    with pytest.raises(ValueError, match="~stranger is no known home folder"):
+        plan(["~stranger/run", "a"], 1)
+
+
 def test_guidance_that_a_model_has_no_use_for_is_not_in_its_pictures(run, monkeypatch):
     monkeypatch.setitem(FLAVORS, "flux-tiny", replace(MODEL, guidance_embed=False))
     order, _, notices = plan([str(run[0] / "run"), "a", "--guidance", "3"], 1)
@@ -105,6 +118,7 @@ REFUSALS = {
     "RUN a bad\udcff": r"'bad\udcff' is not UTF-8 text",
     "RUN a --negative bad\udcff": r"'bad\udcff' is not UTF-8 text",
     "RUN a --out README.md/here": "README.md is a file; name a folder",
+    "RUN a --out ONE/away/here": "is a link to unmounted, which is not there; mount its disk",
     "RUN a --encoder.clip_encoder assets/encoders/clip-tiny": "gives 256 features, but flux-tiny takes 16",
     "RUN --inference.prompts_path nowhere.txt": 'inference.prompts_path = "nowhere.txt" is not there',
     "RUN --inference.prompts_path README.md --inference.prompts a": "are both given; give one of the two",
@@ -120,6 +134,7 @@ REFUSALS = {
 def test_refusals_are_sentences(run, words, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     (tmp_path / "001_a_16x16_seed0.png").write_text("precious")
+    (tmp_path / "away").symlink_to("unmounted")
     words_ = words.replace("RUN", str(run[0] / "run")).replace("ONE", str(tmp_path)).split()
     assert main(["generate", *words_]) == 2
     printed = capsys.readouterr()

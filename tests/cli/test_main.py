@@ -1,10 +1,16 @@
 """`flux-trainer COMMAND`: the table of commands, and what `config` prints and returns."""
 
+import importlib
+import os
+import signal
+from types import SimpleNamespace
+
 import pytest
 
 from flux_trainer import __version__
 from flux_trainer.cli.main import COMMANDS, main
 from flux_trainer.config.load import load_config
+from flux_trainer.runtime.interrupt import STOP_SIGNALS
 
 
 @pytest.fixture
@@ -76,3 +82,19 @@ def test_config_prints_notes_beside_the_settings_and_nothing_when_quiet(toml, ca
 def test_config_lists_mistakes_and_returns_2(toml, words, line, capsys):
     assert main(["config", "--job.config_file", toml, *words]) == 2
     assert capsys.readouterr() == ("", line + "\n")
+
+
+@pytest.mark.parametrize("number", STOP_SIGNALS)
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_stop_signal_ends_any_command_with_one_line(command, number, monkeypatch, capsys):
+    def work(argv):
+        os.kill(os.getpid(), number)
+        raise AssertionError("it went on")
+
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests themselves may run under nohup
+    monkeypatch.setattr(importlib, "import_module", lambda name: SimpleNamespace(main=work))
+    try:
+        assert main([command]) == 130
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert capsys.readouterr() == ("", "Interrupted.\n")

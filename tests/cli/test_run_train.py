@@ -26,7 +26,7 @@ def run(tmp_path, monkeypatch):
     stub = tmp_path / "python"
     shown = "".join(f'echo "{name}=${{{name}-}}"\n' for name in SHOWN)
     stub.write_text(
-        '#!/bin/sh\nif [ "$2" = torch.distributed.run ]; then\npwd\nprintf "%s\\n" "$*"\n'
+        '#!/bin/sh\nif [ "$2" = flux_trainer.launch ]; then\npwd\nprintf "%s\\n" "$*"\n'
         f'{shown}exit 0; fi\nexec "{sys.executable}" "$@"\n'
     )
     stub.chmod(0o755)
@@ -58,7 +58,7 @@ def test_one_process_keeps_the_terminal_and_all_threads(run, tmp_path):
     folder, call, *environment = done.stdout.splitlines()
     assert folder == str(tmp_path)
     assert call == (
-        "-m torch.distributed.run --nnodes 1 --nproc_per_node 1 --rdzv_backend c10d --rdzv_id flux_trainer "
+        "-m flux_trainer.launch --nnodes 1 --nproc_per_node 1 --rdzv_backend c10d --rdzv_id flux_trainer "
         "--rdzv_endpoint localhost:0 -m flux_trainer.train --job.config_file a.toml --training.steps 10"
     )
     assert environment == [
@@ -100,7 +100,7 @@ def test_help_starts_nothing(run):
     done = run("--help", "ema")
     assert done.returncode == 0
     assert "[ema]" in done.stdout
-    assert "torch.distributed" not in done.stdout
+    assert "flux_trainer.launch" not in done.stdout
 
 
 @pytest.mark.parametrize(("devices", "processes"), [("0,3,5", 3), ("2", 1), ("", 1)])
@@ -130,6 +130,34 @@ def test_a_file_given_as_a_setting_replaces_the_default(run):
     assert (
         "a.toml --training.steps 3"
         in run("--job.config_file", "a.toml", "--training.steps", "3", NGPU="1").stdout
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        *(
+            (name, value, "an integer >= 1")
+            for name in ("NGPU", "NNODES")
+            for value in ("abc", "0", "1:2", "08")
+        ),
+        ("NGPU", "auto", "an integer >= 1"),
+        ("LOG_RANK", "first", "ranks such as 0 or 0,1"),
+        ("LOG_RANK", "0,", "ranks such as 0 or 0,1"),
+    ],
+)
+def test_what_is_no_number_is_refused(run, name, value, expected):
+    done = run(CONFIG_FILE="a.toml", **{"NGPU": "2", name: value})
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr == f"{name}={value}: expected {expected}\n"
+
+
+def test_ranks_that_are_not_there_cannot_be_shown(run):
+    done = run(CONFIG_FILE="a.toml", NGPU="2", LOG_RANK="0,2")
+    assert (done.returncode, done.stderr) == (2, "LOG_RANK=0,2: this machine has the ranks 0 to 1\n")
+    assert run(CONFIG_FILE="a.toml", NGPU="", NNODES="", LOG_RANK="").returncode == 0, (
+        "empty: as if not given"
     )
 
 

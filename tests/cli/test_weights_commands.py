@@ -86,6 +86,23 @@ def test_a_model_that_does_not_exist(words, tmp_path, monkeypatch, capsys):
     assert "there are flux-dev" in said or "model.json cannot be used: it has the fields size" in said
 
 
+def test_a_model_described_by_a_file_with_a_byte_order_mark(tmp_path, config):
+    marked = tmp_path / "marked.json"
+    marked.write_bytes(b"\xef\xbb\xbf" + config.read_bytes())
+    assert main(["verify", str(weights_files.bfl(tmp_path)), "--config", str(marked)]) == 0
+
+
+def test_the_home_folder_in_arguments(tmp_path, config, monkeypatch, capsys):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    weights = weights_files.bfl(tmp_path).name
+    assert main(["convert", f"~/{weights}", "~/out", f"--config=~/{config.name}"]) == 0, capsys.readouterr()
+    assert (tmp_path / "out").is_dir()
+    assert main(["verify", "~/out", f"--config=~/{config.name}"]) == 0
+    with pytest.raises(SystemExit):
+        main(["verify", "~stranger/a"])
+    assert "~stranger is no known home folder" in capsys.readouterr().err
+
+
 def damaged(name, tmp_path):
     """Broken weights, and what is said of them."""
     if name == "flipped":

@@ -247,6 +247,46 @@ def test_a_syntax_error_names_file_and_line(write):
     assert problems("--job.config_file", "a.toml") == ["a.toml:2: not TOML: this is not UTF-8 text"]
 
 
+def test_a_byte_order_mark_is_no_part_of_the_settings(tmp_path):
+    path = tmp_path / "a.toml"
+    path.write_bytes(b"\xef\xbb\xbf[training]\r\nsteps = 3\r\n")
+    assert load_config(["--job.config_file", str(path)]).training.steps == 3
+    path.write_bytes(b"\xef\xbb\xbf[training]\nsteps 3\n")
+    assert problems("--job.config_file", str(path))[0].startswith(f"{path}:2: not TOML: ")
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32"])
+def test_other_encodings_are_called_what_they_are(tmp_path, encoding):
+    """PowerShell's > writes UTF-16."""
+    path = tmp_path / "a.toml"
+    path.write_bytes("[training]\nsteps = 3\n".encode(encoding))
+    assert problems("--job.config_file", str(path)) == [
+        f"{path}:1: not TOML: this is UTF-16 or UTF-32 text; save it as UTF-8"
+    ]
+
+
+def test_the_home_folder_in_names_of_settings_files(write, monkeypatch):
+    home = Path("home").absolute()
+    home.mkdir()
+    monkeypatch.setenv("HOME", str(home))
+    for name, steps in (("home/a.toml", 3), ("home/b.toml", 4)):
+        write(f"[training]\nsteps = {steps}\n", name)
+    assert load_config(["--job.config_file=~/a.toml"]).training.steps == 3
+    assert load_config(["--job.config_file", "~/a.toml, ~/b.toml"]).training.steps == 4
+    assert problems("--job.config_file=~/c.toml")[0].startswith(f"{home}/c.toml: no such file")
+    assert problems("--job.config_file=~nobody here/a.toml") == [
+        "command line: job.config_file: ~nobody here is no known home folder; a name that begins with ~ is "
+        "written ./~nobody here/a.toml"
+    ]
+
+
+def test_words_that_are_no_text_are_refused():
+    """A run could not write them into its config.toml."""
+    assert problems("--job.dump_folder=a\udcff") == [
+        "command line: '--job.dump_folder=a\\udcff': not UTF-8 text"
+    ]
+
+
 def test_a_missing_file_lists_similar_ones(write):
     Path("train_configs").mkdir()
     write("", "train_configs/emoji_tiny.toml")

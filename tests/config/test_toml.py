@@ -11,6 +11,7 @@ from flux_trainer.config.load import load_config
 from flux_trainer.config.schema import Data, JobConfig, Source, Validation
 from flux_trainer.config.section import Section
 from flux_trainer.config.toml import to_toml
+from flux_trainer.runtime.paths import expand_home
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]))
 
@@ -19,7 +20,7 @@ def values(annotation: Any, metadata: Any = ()) -> st.SearchStrategy[Any]:
     """Valid values of a field, straight from its annotation and pydantic's constraints."""
     origin, args = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
-        return values(args[0], args[1].metadata)
+        return values(args[0], args[1:] if args[0] is str else args[1].metadata)
     if origin in (Union, types.UnionType):
         return st.one_of([values(arg, metadata) for arg in args])
     if origin is Literal:
@@ -31,6 +32,8 @@ def values(annotation: Any, metadata: Any = ()) -> st.SearchStrategy[Any]:
         return st.builds(annotation, **fields)
     low = next((getattr(m, "ge", getattr(m, "gt", None)) for m in metadata), None)
     high = next((m.le for m in metadata if hasattr(m, "le")), None)
+    if any(getattr(m, "func", None) is expand_home for m in metadata):
+        return TEXT.filter(lambda text: not text.startswith("~"))
     open_low = any(hasattr(m, "gt") for m in metadata)
     return {
         bool: st.booleans(),

@@ -156,8 +156,8 @@ def test_stop_signals_do_not_reach_the_workers_and_close_ends_them() -> None:
     workers = set(multiprocessing.active_children()) - before
     assert len(workers) == 2
     for process in workers:
-        os.kill(process.pid, signal.SIGTERM)
-        os.kill(process.pid, signal.SIGINT)
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            os.kill(process.pid, number)
     assert [next(loader).draws[0].item() for _ in range(8)] == list(range(G, 9 * G, G))
     assert all(process.is_alive() for process in workers)
     start = time.perf_counter()

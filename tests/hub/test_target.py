@@ -62,13 +62,16 @@ def test_what_convert_wrote_is_replaced(to, tmp_path):
         ("bfl", "folder.safetensors", "is a folder, and bfl is a file"),
         ("diffusers", "x.pt", r"its name cannot end in \.pt"),
         ("dcp", "x.GGUF", r"its name cannot end in \.GGUF"),
-        ("bfl", "thesis/x.safetensors", "thesis is no folder that you may write to"),
-        ("diffusers", "thesis/deep/x", "thesis is no folder that you may write to"),
+        ("bfl", "thesis/x.safetensors", "thesis is a file; name a folder"),
+        ("diffusers", "thesis/deep/x", "thesis is a file; name a folder"),
+        ("diffusers", "unmounted", "unmounted is a link to .*whose folder is not there"),
+        ("bfl", "unmounted/x.safetensors", "unmounted is a link to .*which is not there; mount its disk"),
     ],
 )
 def test_an_unfit_place_is_refused_before_any_work(to, name, told, tmp_path):
     (tmp_path / "thesis").write_text("years of work")
     (tmp_path / "folder.safetensors").mkdir()
+    (tmp_path / "unmounted").symlink_to(tmp_path / "disk" / "models")
     weights_files.bfl(tmp_path)
     before = names(tmp_path)
     with pytest.raises(WeightsError, match=told):

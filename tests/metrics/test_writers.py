@@ -151,3 +151,59 @@ def test_missing_wandb_names_the_command(tmp_path, monkeypatch):
     monkeypatch.setattr(builtins, "__import__", without_wandb)
     with pytest.raises(ValueError, match=r'pip install "flux_trainer\[wandb\]"'):
         Writers(Metrics(enable_wandb=True), tmp_path, rank=0)
+
+
+class Refusal(Exception):
+    """As packages have of their own."""
+
+
+def without_key(**words):
+    raise Refusal("No API key configured.\n Use `wandb login`.")
+
+
+def test_wandb_refuses_before_anything_is_changed(tmp_path, monkeypatch):
+    writers = Writers(Metrics(), tmp_path, rank=0)
+    writers.scalars(1, {"loss": 1.0})
+    writers.close()
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=without_key))
+    for _ in range(2):
+        with pytest.raises(
+            ValueError, match=r"Weights & Biases cannot be used: No API .* Use .* \(`wandb lo"
+        ):
+            Writers(Metrics(enable_wandb=True), tmp_path, rank=0)
+    assert lines(tmp_path) == [{"step": 1, "loss": 1.0}]
+
+
+@pytest.mark.parametrize("fails", ["log", "finish"])
+def test_a_tracker_that_fails_later_is_left_out(tmp_path, monkeypatch, caplog, fails):
+    run = FakeRun()
+
+    def fail(*args, **words):
+        raise Refusal("The service has ended.")
+
+    monkeypatch.setattr(run, fails, fail)
+    monkeypatch.setitem(
+        sys.modules, "wandb", SimpleNamespace(init=lambda **words: run, Image=lambda *_, **__: 0)
+    )
+    writers = Writers(Metrics(enable_wandb=True, enable_tensorboard=True), tmp_path, rank=0)
+    for step in (1, 2):
+        writers.scalars(step, {"loss": 1.0})
+    writers.images(2, "pictures", grid(torch.zeros(1, 3, 8, 8, dtype=torch.uint8), ["one"]), ["one"])
+    writers.close()
+    assert len(lines(tmp_path)) == 2
+    assert [record.getMessage() for record in caplog.records] == [
+        "Weights & Biases has failed and gets no more figures; metrics.jsonl has all of them: "
+        "The service has ended."
+    ]
+    assert (run.logged == []) == (fails == "log")
+    [events] = (tmp_path / "tb").iterdir()
+    assert events.stat().st_size > 100
+
+
+def test_starts_that_fail_do_not_replace_the_figures_of_the_last_run(tmp_path):
+    writers = Writers(Metrics(), tmp_path, rank=0)
+    writers.scalars(1, {"loss": 1.0})
+    writers.close()
+    for _ in range(3):
+        Writers(Metrics(), tmp_path, rank=0).close()
+    assert json.loads((tmp_path / "metrics.previous.jsonl").read_text()) == {"step": 1, "loss": 1.0}

@@ -7,6 +7,7 @@ import time
 import pytest
 from helpers.ranks import run_ranks
 
+from flux_trainer.runtime import launcher
 from flux_trainer.runtime.signals import StopFlag
 
 
@@ -14,14 +15,46 @@ class Alone:
     size = 1
 
 
-def test_a_world_of_one_stops_at_once_and_restores_the_handlers():
-    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+@pytest.fixture(autouse=True)
+def terminal():
+    """SIGHUP as in a terminal, for the tests themselves may run under nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
+def handlers():
+    return [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_world_of_one_stops_at_once_and_restores_the_handlers(number):
+    before = handlers()
     with StopFlag(Alone()) as stop:
         assert not stop.poll()
-        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.cause == ""
+        os.kill(os.getpid(), number)
         assert stop.poll()
-        assert stop.signal_name == "SIGTERM"
-    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
+        assert stop.signal_name == number.name
+        assert stop.cause == "a signal"
+    assert handlers() == before
+
+
+def test_what_nohup_ignores_stays_ignored():
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    with StopFlag(Alone()) as stop:
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert not stop.poll()
+    assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+
+
+def test_the_death_of_the_launcher_stops_the_run(monkeypatch):
+    monkeypatch.setattr(launcher, "_PARENT", -1)
+    with StopFlag(Alone()) as stop:
+        assert not stop.poll(), "torchrun did not start this process"
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", "a")
+        assert stop.poll()
+        assert stop.cause == "the death of its launcher"
 
 
 def test_a_second_interrupt_interrupts():
@@ -43,19 +76,26 @@ def train(signalled_rank: int, signalled_step: int, number: int) -> tuple[int, f
             if world.rank == 1 and step % 10 == 0:
                 time.sleep(0.002)  # ranks are never quite in step
             if (world.rank, step) == (signalled_rank, signalled_step):
-                os.kill(os.getpid(), number)
+                if number:
+                    os.kill(os.getpid(), number)
+                else:
+                    os.environ["TORCHELASTIC_RUN_ID"], launcher._PARENT = "a", -1  # as if it had died
             began = time.perf_counter()
             stopped = stop.poll()
             spent += time.perf_counter() - began
             if stopped:
                 assert stop.poll()  # and stays so
+                assert stop.cause == ("a signal" if number else "the death of its launcher")
                 break
     world.close()
     return step, spent / step
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize(("rank", "number"), [(0, signal.SIGTERM), (1, signal.SIGTERM), (1, signal.SIGINT)])
+@pytest.mark.parametrize(
+    ("rank", "number"),
+    [(0, signal.SIGTERM), (1, signal.SIGTERM), (1, signal.SIGINT), (1, signal.SIGHUP), (1, 0)],
+)
 def test_all_ranks_stop_after_the_step_that_follows_the_signal(rank, number):
     steps = [step for step, _ in run_ranks(2, train, rank, 30, number)]
     assert steps == [31, 31]

@@ -77,6 +77,26 @@ def test_a_signal_to_one_rank_saves_and_stops_all_and_the_run_goes_on(tmp_path, 
 
 @pytest.mark.slow
 @pytest.mark.distributed
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGKILL])
+def test_what_ends_the_launcher_stops_the_ranks_and_they_save(tmp_path, number):
+    """A closed terminal, whose SIGHUP it hands on, and its own death, which its ranks notice."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests themselves may run under nohup
+    run = start_two_ranks(tmp_path)
+    signal.signal(signal.SIGHUP, before)
+    ranks = ranks_of(run.pid)
+    assert len(ranks) == 2
+    run.send_signal(number)
+    run.communicate(timeout=120)
+    deadline = time.monotonic() + 60
+    while any(Path(f"/proc/{pid}").exists() for pid in ranks) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    saved = [path.name for path in (tmp_path / "checkpoint").iterdir()]
+    assert saved == [f"step-{lines(tmp_path)[-1]['step']}"]
+    assert run.returncode == (128 + number if number == signal.SIGHUP else -number)
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
 @pytest.mark.parametrize(
     ("number", "seconds", "how"),
     [(signal.SIGKILL, 10, "is gone: its process died"), (signal.SIGSTOP, 4 + 10, "stands still")],

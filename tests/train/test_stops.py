@@ -85,6 +85,31 @@ def test_many_skipped_steps_in_a_row_end_the_run(tmp_path):
         trainer.train()
 
 
+@pytest.mark.parametrize("stopped_at", [None, 3])
+def test_a_run_that_has_learned_nothing_fails_and_leaves_no_checkpoint(tmp_path, stopped_at, caplog):
+    flags = ["--checkpoint.enable", "--checkpoint.interval=2", "--validation.enable=false"]
+    trainer = broken(tmp_path, range(1, 7), *flags)
+    if stopped_at:
+        after_step = trainer.after_step
+        trainer.after_step = lambda stopped: after_step(trainer.step == stopped_at)
+    last = stopped_at or 6
+    with pytest.raises(SkippedTooOften, match=f"Each step up to step {last} was skipped: its gradients were"):
+        trainer.train()
+    assert trainer.step == last
+    assert list((trainer.dump_folder / "checkpoint").iterdir()) == []
+    assert [record["skipped_steps"] for record in lines(trainer.dump_folder)] == list(range(1, last + 1))
+    assert "Each step up to step 2 was skipped" in caplog.text, "no checkpoint, and it says so"
+
+
+def test_one_good_step_is_something_learned(tmp_path):
+    trainer = broken(tmp_path, (1, 2, 4, 5, 6), "--checkpoint.enable", "--checkpoint.interval=2")
+    trainer.train()
+    assert sorted(path.name for path in (trainer.dump_folder / "checkpoint").iterdir()) == [
+        "step-4",
+        "step-6",
+    ]
+
+
 def test_a_checkpoint_written_between_too_many_skips_and_their_line_can_go_on(tmp_path):
     flags = ["--checkpoint.enable", "--training.max_skipped_steps=2", "--metrics.log_freq=100"]
     first = broken(tmp_path, (2, 3), *flags, "--training.steps=100", "--checkpoint.interval=3")
