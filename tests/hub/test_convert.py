@@ -15,10 +15,10 @@ from safetensors.torch import load_file, save_file
 from flux_trainer.checkpoint.load import verify as verify_checkpoint
 from flux_trainer.hub import convert as convert_module
 from flux_trainer.hub import write
+from flux_trainer.hub.contents import read_header
 from flux_trainer.hub.convert import convert
 from flux_trainer.hub.families import family_of
 from flux_trainer.hub.load import load_weights
-from flux_trainer.hub.safetensors_files import read_header
 from flux_trainer.hub.weights import open_weights
 from flux_trainer.models.autoencoder2 import AutoEncoder2Config
 from flux_trainer.models.configs import Flux2Config
