@@ -26,6 +26,7 @@ from flux_trainer.config.pictures import (
 )
 from flux_trainer.config.problems import COMMAND_LINE
 from flux_trainer.config.schema import Inference, JobConfig
+from flux_trainer.hub.local import check_weights
 from flux_trainer.models.registry import FLAVORS
 from flux_trainer.models.widths import check_widths
 from flux_trainer.parallel.arithmetic import check_sharing
@@ -119,6 +120,7 @@ def plan(argv: Sequence[str], world_size: int) -> tuple[Order, JobConfig, list[s
         raise ConfigError([f"{said}, but {names[0]} holds {held}: leave the setting out"])
     check_generation(config, world_size, origins)
     check_widths(config)
+    check_weights(config, training=False)
     check_sharing(config, world_size)
     if config.compile.enable and origins["compile.enable"] != COMMAND_LINE:
         where = origins["compile.enable"]

@@ -59,8 +59,8 @@ _MODELS = {
 }
 """What a file holds -> the names of tensors that tell it; the first that fits counts."""
 _WANTED = {
-    "transformer": (_FLUX, _VAE),  # which of the two is asked later, of the family
-    "vae": (_FLUX, _VAE),
+    "transformer": (_FLUX, _VAE),  # `verify` and `convert` take both; training asks which it is
+    "vae": (_VAE,),
     "t5": (_T5,),
     "clip": (_CLIP,),
     "llm": (_LLM,),

@@ -1,6 +1,7 @@
 """`flux-trainer COMMAND`: the table of commands, and what `config` prints and returns."""
 
 import pytest
+from helpers.headers import write_header
 
 from flux_trainer import __version__
 from flux_trainer.cli.main import COMMANDS, main
@@ -11,7 +12,7 @@ from flux_trainer.config.load import load_config
 def toml(tmp_path, monkeypatch):
     """A sound configuration in the working folder."""
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "ae.safetensors").write_text("")
+    write_header(tmp_path / "ae.safetensors", {})
     text = '[encoder]\nautoencoder_path = "ae.safetensors"\n[[data.sources]]\ntype = "synthetic"\n'
     (tmp_path / "a.toml").write_text(text)
     return "a.toml"
