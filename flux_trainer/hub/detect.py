@@ -20,12 +20,14 @@ CONFIG = "config.json"
 PIPELINE = "model_index.json"
 STEM = "diffusion_pytorch_model"
 """What diffusers calls the files of weights; `CONFIG` beside them is theirs."""
-_STEMS = (STEM, "model")
-"""As diffusers and transformers write them; other files of weights may lie next to these."""
+_STEMS = (f"{STEM}.", "model.")
+"""How names begin that diffusers and transformers give; other files of weights may lie next to these."""
 
 SUFFIXES = {".safetensors", ".sft"}
 """Of safetensors files in a folder, in upper or lower case; a file that is named may be called anything."""
 _SHARD = re.compile(r"-\d{5}-of-(?!00001)\d{5}\.\w+$")
+
+_INDEX_OF_PICKLES = ".bin.index.json"
 
 
 @dataclass(frozen=True)
@@ -74,31 +76,36 @@ def locate(path: str | Path, component: Component = "transformer") -> Place:
 def weights_in(folder: Path) -> Path | None:
     """The safetensors file of one model in a folder, or the index of several; None if it has none.
 
-    Weights without a variant (`model.fp16.safetensors`) come first, and those that have the name which
-    diffusers and transformers give them.
+    Of several, those come first that have the name which diffusers and transformers give them; of these,
+    the ones without a variant (`model.fp16.safetensors`).
 
     Raises:
         WeightsError: it is not clear which file is meant, or there are only some that are not read.
     """
     files = sorted(file for file in folder.iterdir() if file.is_file() or file.is_symlink())
-    indexes = [file for file in files if is_index(file)]
     weights = [file for file in files if file.suffix.lower() in SUFFIXES]
-    singles = [file for file in weights if not _SHARD.search(file.name)]
-    named = {f"{stem}{end}" for stem in _STEMS for end in (".safetensors", ".safetensors.index.json")}
-    plain = [[file for file in group if not _variant(file)] for group in (indexes, singles)]
-    for group in (*plain, [*indexes, *singles]):
-        found = [file for file in group if file.name in named] or group
-        if len(found) > 1:
-            names = ", ".join(file.name for file in found)
+    groups: dict[tuple[bool, bool, bool], list[Path]] = {}
+    for file in files:
+        if is_index(file) or (file in weights and not _SHARD.search(file.name)):
+            plain = not _variant(file)
+            rank = (file.name.startswith(_STEMS), plain, plain and is_index(file))
+            groups.setdefault(rank, []).append(file)
+    if groups:
+        best = groups[max(groups)]
+        if len(best) > 1:
+            names = ", ".join(file.name for file in best)
             raise WeightsError(f"{folder} has {names}: name one of them, or leave only one.")
-        if found:
-            return _file(found[0]).path
+        return _file(best[0]).path
     if weights:
         raise WeightsError(
             f"{folder} has {weights[0].name}, but not the index of these files "
             "(*.safetensors.index.json). Fetch it too."
         )
-    foreign = [file for file in files if file.suffix.lower() in {".gguf", *PICKLES}]
+    foreign = [
+        file
+        for file in files
+        if file.suffix.lower() in {".gguf", *PICKLES} or file.name.endswith(_INDEX_OF_PICKLES)
+    ]
     return _file(foreign[0]).path if foreign else None
 
 
@@ -153,7 +160,7 @@ def _file(path: Path) -> Place:
         return locate(path.parent)
     if not path.is_file():
         raise WeightsError(_not_there(path))
-    if path.name.endswith(".bin.index.json"):
+    if path.name.endswith(_INDEX_OF_PICKLES):
         raise WeightsError(
             f"{path} is an index of pickles, which can run any code when they are read, and are not opened. "
             "Fetch the safetensors files of the same weights."
