@@ -10,6 +10,8 @@ from flux_trainer.hub.errors import WeightsError
 PICKLES = {".pt", ".pth", ".bin", ".ckpt", ".pkl"}
 """Suffixes of files that may run code when they are read."""
 
+_POINTER = b"version https://git-lfs"
+
 
 def unreadable(path: Path, why: str) -> WeightsError:
     """The error of a file that should be safetensors."""
@@ -21,11 +23,8 @@ def what_else(path: Path) -> str:
     size = path.stat().st_size
     with open(path, "rb") as file:
         data = file.read(1024)
-    if data.startswith(b"version https://git-lfs"):
-        return (
-            f"{path} is a git-lfs pointer, not the weights: run `git lfs pull` in {path.absolute().parent}, "
-            "or fetch the file itself."
-        )
+    if data.startswith(_POINTER):
+        return _pointer(path)
     if data.startswith(b"GGUF"):
         return f"{path} is a GGUF file of quantised weights. Fetch the safetensors file they were made from."
     if _is_pickle(path, data):
@@ -39,6 +38,21 @@ def what_else(path: Path) -> str:
             "Fetch it with `hf download` after `hf auth login`."
         )
     return str(unreadable(path, _damage(size, data)))
+
+
+def check_no_pointer(path: Path) -> None:
+    """Raise WeightsError where git has left a pointer in the place of a large file."""
+    with open(path, "rb") as file:
+        if file.read(len(_POINTER)) == _POINTER:
+            raise WeightsError(_pointer(path))
+
+
+def _pointer(path: Path) -> str:
+    """What to say of a pointer."""
+    return (
+        f"{path} is a git-lfs pointer, not the file itself: run `git lfs pull` in {path.absolute().parent}, "
+        "or fetch the file."
+    )
 
 
 def _damage(size: int, data: bytes) -> str:
