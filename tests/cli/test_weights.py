@@ -165,6 +165,41 @@ def test_what_is_no_transformer_is_refused(tmp_path):
         find_weights(str(tmp_path))
 
 
+@pytest.mark.parametrize(
+    ("flavor", "channels", "told"),
+    [
+        (
+            "flux-dev",
+            384,
+            r"\(384, not 64\), as FLUX\.1-Fill does, which is not supported; there are flux-dev,",
+        ),
+        ("flux-dev", 128, r"\(128, not 64\), as FLUX\.1-Depth or FLUX\.1-Canny does"),
+        ("flux2-klein-4b", 256, r"\(256, not 128\); there are flux-dev,"),
+    ],
+)
+def test_what_tells_a_variant_from_the_nearest_flavor(tmp_path, flavor, channels, told):
+    shapes = shapes_of(flavor, "bfl")
+    write_header(
+        tmp_path / "a.safetensors", shapes | {"img_in.weight": (shapes["img_in.weight"][0], channels)}
+    )
+    with pytest.raises(ConfigError, match=rf"differs from {flavor} in in_channels {told}"):
+        find_weights(str(tmp_path / "a.safetensors"))
+
+
+def test_flux1s_blocks_without_its_vector_are_no_flux2(tmp_path):
+    """As Chroma has them."""
+    shapes = {n: x for n, x in shapes_of("flux-tiny", "bfl").items() if "vector_in" not in n}
+    write_header(tmp_path / "a.safetensors", shapes)
+    with pytest.raises(ConfigError, match="these are not the weights of a FLUX transformer"):
+        find_weights(str(tmp_path / "a.safetensors"))
+
+
+@pytest.mark.parametrize("name", ["a.sft", "A.SAFETENSORS", "blob"])
+def test_safetensors_files_of_any_name(tmp_path, name):
+    write_header(tmp_path / name, shapes_of("flux-tiny", "bfl"))
+    assert find_weights(str(tmp_path / name)).flavors == ["flux-tiny"]
+
+
 def test_damage_is_a_sentence(tmp_path):
     for name, data in {
         "cut": b"\xff" * 20,

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.ranks import run_ranks
+from safetensors.torch import load_file, save_file
 
 from flux_trainer.config.schema import Encoder
 from flux_trainer.encoders.text import TextEncoders
@@ -172,6 +173,38 @@ def test_a_pickle_is_refused(stored, tmp_path):
         TextEncoders(section(stored, t5_encoder=str(tmp_path)), CPU, seed=0)
     assert "encoder.t5_encoder" in str(error.value)
     assert "hf download" in str(error.value)
+
+
+def test_quantised_weights_are_refused_and_a_cast_is_read(stored, tmp_path):
+    folder = copied(stored, tmp_path, "clip")
+    weights = load_file(folder / "model.safetensors")
+    linear = next(name for name in weights if name.endswith("fc1.weight"))
+    weights[linear] = weights[linear].to(torch.float8_e4m3fn)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    TextEncoders(section(stored, clip_encoder=str(folder)), CPU, seed=0)
+    weights[linear.replace(".weight", ".scale_weight")] = torch.ones(())
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    told = r"^encoder\.clip_encoder = .*quantised weights \(scaled float8: .*hf download"
+    with pytest.raises(ValueError, match=told):
+        TextEncoders(section(stored, clip_encoder=str(folder)), CPU, seed=0)
+
+
+@pytest.mark.parametrize("name", ["model.fp16.safetensors", "clip.sft"])
+def test_a_variant_is_read(name, stored, tmp_path):
+    expected = TextEncoders(section(stored), CPU, seed=0).empty
+    folder = copied(stored, tmp_path, "clip")
+    (folder / "model.safetensors").rename(folder / name)
+    empty = TextEncoders(section(stored, clip_encoder=str(folder)), CPU, seed=0).empty
+    assert torch.equal(empty.vec, expected.vec)
+
+
+def test_a_sharded_variant_is_read(stored, tmp_path):
+    expected = TextEncoders(section(stored), CPU, seed=0).empty
+    folder = copied(stored, tmp_path, "t5")
+    index = folder / "model.safetensors.index.json"
+    index.rename(folder / "model.safetensors.index.fp16.json")
+    empty = TextEncoders(section(stored, t5_encoder=str(folder)), CPU, seed=0).empty
+    assert torch.equal(empty.txt, expected.txt)
 
 
 def copied(stored: Path, tmp_path: Path, name: str) -> Path:

@@ -245,6 +245,8 @@ def test_refusals(tmp_path):
         go(weights_files.diffusers(tmp_path, "flux2"), tmp_path / "x", "torchtitan")
     with pytest.raises(ValueError, match=r"must end in \.safetensors"):
         go(source, tmp_path / "x", "bfl", config=config)
+    with pytest.raises(ValueError, match=r"is a folder; its name cannot end in \.sft"):
+        go(source, tmp_path / "x.sft", "diffusers", config=config)
     with pytest.raises(ValueError, match="is a folder"):
         go(source, tmp_path / "x.safetensors", "diffusers", config=config)
     odd = dataclasses.replace(config, mlp_ratio=2.0)

@@ -11,6 +11,7 @@ from flux_trainer.hub.errors import WeightsError
 from flux_trainer.hub.verify import verify
 
 STEM = "diffusion_pytorch_model"
+FP16_SHARD = f"{STEM}.fp16-00001-of-00002.safetensors"
 
 
 def found(folder, *names) -> str:
@@ -30,9 +31,9 @@ def found(folder, *names) -> str:
         [f"{STEM}.fp16.safetensors"],
         [f"{STEM}.safetensors", f"{STEM}.fp16.safetensors", f"{STEM}.bf16.safetensors"],
         [f"{STEM}.safetensors.index.json", f"{STEM}-00001-of-00002.safetensors", f"{STEM}.safetensors"],
-        [f"{STEM}.safetensors", f"{STEM}.safetensors.index.fp16.json", f"{STEM}.fp16-00001-of-00002.safetensors"],
-        [f"{STEM}.safetensors.index.fp16.json", f"{STEM}.fp16-00001-of-00002.safetensors", "other.safetensors"],
-        [f"{STEM}.fp16.safetensors.index.json", f"{STEM}.fp16-00001-of-00002.safetensors"],
+        [f"{STEM}.safetensors", f"{STEM}.safetensors.index.fp16.json", FP16_SHARD],
+        [f"{STEM}.safetensors.index.fp16.json", FP16_SHARD, "other.safetensors"],
+        [f"{STEM}.fp16.safetensors.index.json", FP16_SHARD],
         ["model.safetensors.index.json", "model-00001-of-00002.safetensors", "consolidated.safetensors"],
         ["model.safetensors", "pytorch_model.bin"],
         ["a.safetensors", "a.fp16.safetensors"],
@@ -60,9 +61,7 @@ def test_what_is_not_clear_or_not_there(tmp_path):
     assert weights_in(folder) is None
     (folder / "model.safetensors").symlink_to(tmp_path / "blobs" / "gone")
     for path in (folder, folder / "model.safetensors"):
-        with pytest.raises(
-            (WeightsError, FileNotFoundError), match=r"is a link to .*gone, which is not there"
-        ):
+        with pytest.raises((WeightsError, FileNotFoundError), match=r"is a link to .*gone, which"):
             locate(path)
 
 
