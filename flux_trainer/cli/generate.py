@@ -37,7 +37,7 @@ usage: flux-trainer generate WEIGHTS [PROMPT | -]... [--SECTION.KEY VALUE]...
        torchrun --nproc-per-node N -m flux_trainer generate WEIGHTS ...
 
 Draws each PROMPT (-: each line of standard input) and writes PNG files with their settings inside.
-  WEIGHTS     a run's folder (its newest checkpoint), a checkpoint (step-N), a .safetensors file, the index
+  WEIGHTS     a run's folder (its newest checkpoint), a checkpoint (step-N), a safetensors file, the index
               of several, or a diffusers folder; which flavor it is, is found out
   --          what follows are prompts, also those that begin with a dash
   --reference FILE  an image that all prompts refer to (FLUX.2, FLUX.1 Kontext); several in this order

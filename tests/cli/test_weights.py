@@ -171,7 +171,7 @@ def test_what_is_no_transformer_is_refused(tmp_path):
         (
             "flux-dev",
             384,
-            r"\(384, not 64\), as FLUX\.1-Fill does, which is not supported; there are flux-dev,",
+            r"\(384, not 64\), as FLUX\.1-Fill does, which is not supported; there are ",
         ),
         ("flux-dev", 128, r"\(128, not 64\), as FLUX\.1-Depth or FLUX\.1-Canny does"),
         ("flux2-klein-4b", 256, r"\(256, not 128\); there are flux-dev,"),
@@ -179,9 +179,8 @@ def test_what_is_no_transformer_is_refused(tmp_path):
 )
 def test_what_tells_a_variant_from_the_nearest_flavor(tmp_path, flavor, channels, told):
     shapes = shapes_of(flavor, "bfl")
-    write_header(
-        tmp_path / "a.safetensors", shapes | {"img_in.weight": (shapes["img_in.weight"][0], channels)}
-    )
+    shapes["img_in.weight"] = (shapes["img_in.weight"][0], channels)
+    write_header(tmp_path / "a.safetensors", shapes)
     with pytest.raises(ConfigError, match=rf"differs from {flavor} in in_channels {told}"):
         find_weights(str(tmp_path / "a.safetensors"))
 

@@ -272,6 +272,12 @@ def test_hub_ids_are_fetched_and_failures_explained(stored, monkeypatch):
         TextEncoders(section(stored).model_copy(update={"t5_encoder": "assets/none/t5"}), CPU, seed=0)
 
 
+def test_a_file_in_place_of_a_folder_is_named(stored):
+    file = stored / "clip" / "model.safetensors"
+    with pytest.raises(FileNotFoundError, match=r"which is a file: name the folder that holds it"):
+        TextEncoders(section(stored, clip_encoder=str(file)), CPU, seed=0)
+
+
 def sharded_features(settings: dict) -> dict:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import DTensor
