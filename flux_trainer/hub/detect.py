@@ -67,6 +67,8 @@ def locate(path: str | Path, component: Component = "transformer") -> Place:
         return step
     if file := weights_in(path):
         return Place("safetensors", file)
+    if (path / component).is_dir():  # of a pipeline that was fetched in part
+        return locate(path / component, component)
     raise WeightsError(
         f"{path} has no weights of a {component}: no safetensors file, no {METADATA} of a checkpoint, no "
         f"folder {component}/ of a pipeline, no step-N."

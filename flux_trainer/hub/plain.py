@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from flux_trainer.hub.contents import Contents, read_contents
+from flux_trainer.hub.contents import NOTE, Contents, read_contents
 from flux_trainer.hub.detect import CONFIG, Component, Place, belongs, config_beside, read_json, weights_in
 from flux_trainer.hub.errors import WeightsError
 
@@ -70,7 +70,7 @@ _WANTED = {
 def plain_contents(place: Place, component: Component) -> Contents:
     """The tables of contents of safetensors files that may be a model's; errors as of `check_plain`."""
     contents = read_contents(place.path)
-    beside = config_beside(place)
+    beside = None if NOTE in contents.metadata else config_beside(place)  # which is no matter to our own
     own = beside and (belongs(beside[0], place) or "_class_name" in beside[1])
     check_plain(contents, component, beside[1] if beside and own else None)
     return contents

@@ -77,6 +77,14 @@ def test_the_autoencoder_and_the_weights_to_start_from(tmp_path):
     assert "holds a FLUX transformer, not an autoencoder" in line
 
 
+def test_a_folder_of_an_autoencoder(tmp_path):
+    [line] = problems(f"--encoder.autoencoder_path={tmp_path}")
+    assert line.startswith(f'encoder.autoencoder_path = "{tmp_path}": {tmp_path} has no weights of a vae')
+    write_header(tmp_path / "vae" / "ae.SFT", {"decoder.conv_in.weight": (4, 4, 3, 3)})
+    assert problems(f"--encoder.autoencoder_path={tmp_path}") == []  # a pipeline of which no more was fetched
+    assert problems(f"--encoder.autoencoder_path={tmp_path / 'vae'}") == []
+
+
 def test_before_torch(encoder):
     code = (
         "import sys\nfrom flux_trainer.cli.main import main\n"
