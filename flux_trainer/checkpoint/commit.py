@@ -24,12 +24,13 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from flux_trainer.checkpoint.errors import CheckpointError, DamagedError
-from flux_trainer.checkpoint.metadata import METADATA
 from flux_trainer.runtime.files import sha256, sync, write_json
 from flux_trainer.runtime.log import logger
 
 MANIFEST = "manifest.json"
 STATE = "state.json"
+METADATA = ".metadata"
+"""DCP's table of contents."""
 VERSION = 2
 PIECE = 64 * 2**20
 """Bytes of a file that one hash covers; the last piece has what is left. Part of the format's version."""

@@ -1,14 +1,17 @@
-"""Errors of checkpoints, and doing a thing on all ranks so that one rank's error reaches every rank."""
+"""Errors of checkpoints, and doing a thing on all ranks so that one rank's error reaches every rank.
+
+The errors are needed without torch, which is imported only where ranks speak to each other.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
-import torch.distributed as dist
-
-from flux_trainer.runtime.dist import all_gather
 from flux_trainer.runtime.files import sentence
+
+if TYPE_CHECKING:
+    import torch.distributed as dist
 
 T = TypeVar("T")
 
@@ -27,6 +30,8 @@ def together(group: dist.ProcessGroup | None, work: Callable[[], T]) -> list[T]:
     Raises:
         CheckpointError: on every rank, when `work` failed on any: no rank is left waiting for another.
     """
+    from flux_trainer.runtime.dist import all_gather
+
     cause, result = None, None
     try:
         result = work()
@@ -48,5 +53,7 @@ def _sentence(error: Exception) -> str:
 
 def on_first(group: dist.ProcessGroup | None, work: Callable[[], T]) -> T:
     """Call `work` on the first rank of `group` alone; every rank returns its result or raises its error."""
+    import torch.distributed as dist
+
     first = group is None or dist.get_rank(group) == 0
     return together(group, lambda: work() if first else None)[0]  # type: ignore[return-value]

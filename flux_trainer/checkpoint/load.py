@@ -10,14 +10,13 @@ from typing import Any
 import torch.distributed as dist
 
 from flux_trainer.checkpoint import commit
+from flux_trainer.checkpoint.commit import STATE
 from flux_trainer.checkpoint.errors import CheckpointError, DamagedError, on_first, together
 from flux_trainer.checkpoint.identity import differences
 from flux_trainer.checkpoint.plan import Tensors
 from flux_trainer.checkpoint.tensors import on_no_rank, raise_if_any, read_tensors, saved_dtypes
 from flux_trainer.runtime.layout import WHOLE, Layouts
 from flux_trainer.runtime.log import logger
-
-STATE = commit.STATE
 
 NOT_MODEL = ("optimizer.", "ema.", "guard.")
 """Names of a checkpoint that begin so are no parameters of the model."""

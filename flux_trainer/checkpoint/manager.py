@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from flux_trainer.checkpoint import commit
+from flux_trainer.checkpoint.commit import METADATA, STATE
 from flux_trainer.checkpoint.errors import CheckpointError, DamagedError, on_first, together
-from flux_trainer.checkpoint.load import STATE, load_run, verify
-from flux_trainer.checkpoint.metadata import METADATA, read_metadata
+from flux_trainer.checkpoint.load import load_run, verify
+from flux_trainer.checkpoint.metadata import read_metadata
 from flux_trainer.checkpoint.plan import Tensors
 from flux_trainer.checkpoint.tensors import HostCopies, total_bytes, write_tensors
 from flux_trainer.config.schema import Checkpoint

@@ -22,9 +22,8 @@ from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner, ReadItem
 from torch.futures import Future
 
+from flux_trainer.checkpoint.commit import METADATA
 from flux_trainer.checkpoint.errors import CheckpointError
-
-METADATA = ".metadata"
 
 
 def _layout(name: str) -> torch.layout:

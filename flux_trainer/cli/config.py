@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from flux_trainer.config.check import check
 from flux_trainer.config.load import ConfigError, load
 from flux_trainer.config.toml import to_toml
+from flux_trainer.hub.local import check_weights
 from flux_trainer.models.widths import check_widths
 from flux_trainer.parallel.arithmetic import check_mesh
 
@@ -29,6 +30,7 @@ def main(argv: Sequence[str]) -> int:
         config, notices, origins = load(words)
         notices += check(config, world_size, origins)
         check_widths(config)
+        check_weights(config, training=True)
         if world_size:
             check_mesh(config, world_size)
     except ConfigError as error:

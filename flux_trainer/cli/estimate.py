@@ -40,7 +40,11 @@ def main(argv: Sequence[str]) -> int:
         return 2
     for notice in notices:
         print(f"note: {notice}", file=sys.stderr)
-    figures = estimate(config, world_size)
+    try:
+        figures = estimate(config, world_size)
+    except ValueError as error:  # the encoders' files, which say how large they are, cannot be read
+        print(f"flux-trainer estimate: {error}", file=sys.stderr)
+        return 2
     print(json.dumps(figures, indent=2) if as_json else table(figures))
     return 0
 

@@ -27,6 +27,7 @@ from flux_trainer.config.pictures import (
 from flux_trainer.config.problems import COMMAND_LINE
 from flux_trainer.config.schema import Inference, JobConfig
 from flux_trainer.config.text import TextError, usable
+from flux_trainer.hub.local import check_weights
 from flux_trainer.models.registry import FLAVORS
 from flux_trainer.models.widths import check_widths
 from flux_trainer.parallel.arithmetic import check_sharing
@@ -38,7 +39,7 @@ usage: flux-trainer generate WEIGHTS [PROMPT | -]... [--SECTION.KEY VALUE]...
        torchrun --nproc-per-node N -m flux_trainer generate WEIGHTS ...
 
 Draws each PROMPT (-: each line of standard input) and writes PNG files with their settings inside.
-  WEIGHTS     a run's folder (its newest checkpoint), a checkpoint (step-N), a .safetensors file, the index
+  WEIGHTS     a run's folder (its newest checkpoint), a checkpoint (step-N), a safetensors file, the index
               of several, or a diffusers folder; which flavor it is, is found out
   --          what follows are prompts, also those that begin with a dash
   --reference FILE  an image that all prompts refer to (FLUX.2, FLUX.1 Kontext); several in this order
@@ -113,6 +114,7 @@ def plan(argv: Sequence[str], world_size: int) -> tuple[Order, JobConfig, list[s
         raise ConfigError([f"{said}, but {names[0]} holds {held}: leave the setting out"])
     check_generation(config, world_size, origins)
     check_widths(config)
+    check_weights(config, training=False)
     check_sharing(config, world_size)
     if config.compile.enable and origins["compile.enable"] != COMMAND_LINE:
         where = origins["compile.enable"]

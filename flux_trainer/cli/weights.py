@@ -2,24 +2,24 @@
 
 A run's folder says everything itself (config.toml), also for what lies in it; files of Black Forest Labs and
 diffusers' folders are accompanied by text encoders and autoencoder under known names. The same paths are
-found as by `hub.detect.locate`, which needs torch, or fewer.
+found as everywhere, by `hub.detect.locate`.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from flux_trainer.cli.contents import INDEX, read_fields
+from flux_trainer.cli.fields import read_fields
 from flux_trainer.config.load import load_config
 from flux_trainer.config.pictures import reference_side
 from flux_trainer.config.problems import ConfigError
 from flux_trainer.config.renamed import Assignment
 from flux_trainer.config.schema import JobConfig
-from flux_trainer.models.recognise import describe, flavors
+from flux_trainer.hub.detect import locate, newest_step
+from flux_trainer.models.recognise import flavors, unlike
 from flux_trainer.models.registry import FLAVORS
 from flux_trainer.parallel.arithmetic import has_references
 
@@ -70,14 +70,17 @@ def find_weights(name: str) -> Weights:
     index of several, a diffusers folder.
 
     Raises:
-        ConfigError: nothing of the kind is there, or it is of no flavor.
+        FileNotFoundError: nothing is there.
+        WeightsError: it cannot be read: it is damaged, quantised, of another model.
+        ConfigError: it is a transformer of no flavor, or no transformer.
     """
     path = Path(name).expanduser()
     if (path / "config.toml").is_file():
         config = _load(path)
         return Weights(_newest_of_run(path, config), list(_run(path, config)))
-    place = _locate(name, path)
-    fields = read_fields(place)
+    found = locate(path)
+    place = found.path
+    fields = read_fields(found)
     if fields == {}:
         raise ConfigError([f"{name}: these are not the weights of a FLUX transformer"])
     possible = flavors(fields) if fields else []
@@ -89,8 +92,7 @@ def find_weights(name: str) -> Weights:
             if config.model.flavor in possible or (place.is_dir() and not possible):
                 return Weights(kept, list(_run(folder, config)))
     if fields and not possible:
-        known = ", ".join(FLAVORS)
-        raise ConfigError([f"{name}: this is {describe(fields)}, which is no flavor; there are {known}"])
+        raise ConfigError([f"{name}: this is {unlike(fields)}; there are {', '.join(FLAVORS)}"])
     return Weights(kept, list(_published(name, place, possible[0])) if possible else [], possible)
 
 
@@ -99,69 +101,15 @@ def scales(flavor: str) -> Scales:
     return DISTILLED.get(flavor, UNDISTILLED)
 
 
-def _locate(name: str, path: Path) -> Path:
-    """The file, index, checkpoint or step that `path` means."""
-    if path.is_file():
-        if path.name == ".metadata" or path.suffix == ".distcp":
-            return path.parent
-        if path.suffix != ".safetensors" and not path.name.endswith(INDEX):
-            raise ConfigError([f"{name}: weights are read from .safetensors files; a pickle could run code"])
-        return path
-    if not path.is_dir():
-        raise ConfigError([f"{name}: there is no such file or folder (looked in {Path.cwd()})"])
-    if _is_checkpoint(path):
-        return path
-    if (path / "model_index.json").is_file():
-        if not (path / "transformer").is_dir():
-            raise ConfigError([f"{name}: this folder of a diffusers pipeline has no transformer"])
-        return _locate(name, path / "transformer")
-    if step := _newest_step(name, path):
-        return step
-    for pattern in (f"*{INDEX}", "*.safetensors"):
-        found = sorted(path.glob(pattern))
-        plain = [file for file in found if file.name.count(".") == pattern.count(".")]  # no variant (.fp16.)
-        if len(found) == 1 or len(plain) == 1:
-            return (plain or found)[0]
-        if found:
-            raise ConfigError([f"{name} has {', '.join(file.name for file in found)}: name one of them"])
-    raise ConfigError(
-        [
-            f"{name}: this folder is neither a run (config.toml), nor a checkpoint (step-N), nor diffusers' "
-            "(model_index.json, or safetensors files)"
-        ]
-    )
-
-
-def _is_checkpoint(folder: Path) -> bool:
-    return (folder / "manifest.json").is_file() or (folder / ".metadata").is_file()
-
-
-def _newest_step(name: str, path: Path) -> Path | None:
-    """The newest checkpoint in a folder of checkpoints, or one level below."""
-    for pattern in ("step-*", "*/step-*"):
-        steps = [s for s in path.glob(pattern) if re.fullmatch(r"step-\d+", s.name) and _is_checkpoint(s)]
-        if len(parents := sorted({step.parent.name for step in steps})) > 1:
-            raise ConfigError([f"{name} has several folders of checkpoints, {', '.join(parents)}: name one"])
-        if steps:
-            return max(steps, key=_number)
-    return None
-
-
-def _number(step: Path) -> int:
-    return int(step.name.removeprefix("step-"))
-
-
 def _load(run: Path) -> JobConfig:
     return load_config(["--job.config_file", str(run / "config.toml")])
 
 
 def _newest_of_run(run: Path, config: JobConfig) -> Path:
     folder = run / config.checkpoint.folder
-    steps = [path.parent for path in folder.glob("step-*/manifest.json")]
-    steps = [step for step in steps if re.fullmatch(r"step-\d+", step.name)]
-    if not steps:
+    if (newest := newest_step(folder)) is None:
         raise ConfigError([f"{run}: this run has no checkpoint in {folder}; was checkpoint.enable set?"])
-    return max(steps, key=_number)
+    return newest.path
 
 
 def _run(folder: Path, run: JobConfig) -> Iterator[Assignment]:

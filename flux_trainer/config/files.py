@@ -68,8 +68,6 @@ def _models(config: JobConfig) -> Iterator[Finding]:
         command = f"hf download black-forest-labs/{repo} {what} --local-dir {path.parent}"
         brings = f"; `{command}` brings FLUX's" if what else ""
         yield "encoder.autoencoder_path", _not_there(str(path), "file" if path.suffix else "folder") + brings
-    elif os.path.isdir(path) and not [*path.glob("*.safetensors"), *path.glob("vae/*.safetensors")]:
-        yield "encoder.autoencoder_path", "is a folder without weights: no safetensors file, none in vae/"
     flux2 = config.model.flavor.startswith("flux2")
     commands = {"llm": _language_model(config.model.flavor)} if flux2 else _ENCODERS
     for key in [f"{name}_{part}" for part in ("encoder", "tokenizer") for name in commands]:

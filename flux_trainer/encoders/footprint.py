@@ -7,7 +7,6 @@ model of the width that the transformer takes.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from math import ceil, prod
 from pathlib import Path
@@ -20,6 +19,7 @@ from flux_trainer.config.schema import Encoder
 from flux_trainer.encoders.chat import CHATS, QWEN3, Chat
 from flux_trainer.encoders.choose import Kind
 from flux_trainer.hub.autoencoder import build, read_config
+from flux_trainer.hub.detect import read_json
 from flux_trainer.models.autoencoder import AutoEncoderConfig
 from flux_trainer.models.autoencoder2 import AutoEncoder2Config
 from flux_trainer.runtime.live_bytes import LiveBytes, fill_fake
@@ -196,4 +196,4 @@ def _config(spec: str) -> dict[str, Any] | None:
     path = Path(spec).expanduser() / "config.json"
     if not spec or not path.is_file():
         return None
-    return dict(json.loads(path.read_bytes()))
+    return read_json(path)

@@ -53,6 +53,11 @@ def locate(spec: str, key: str, files: Sequence[str], hint: str) -> Path:
     folder = Path(spec).expanduser()
     if folder.is_dir():
         return folder
+    if folder.is_file():
+        raise FileNotFoundError(
+            f"{key} is {spec!r}, which is a file: name the folder that holds it with its config.json "
+            f"or the tokenizer's other files. {hint}"
+        )
     where = f"{key} is {spec!r}, but there is no folder {folder.absolute()}"
     if not HUB_ID.fullmatch(spec):
         raise FileNotFoundError(f"{where}. Give an existing folder, or a hub id like 'owner/name'. {hint}")

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -98,13 +99,13 @@ class TextEncoders:
         )
 
 
-def source(name: str, spec: str, random_init: bool) -> tuple[Path, Values | None]:
+def source(name: Literal["t5", "clip", "llm"], spec: str, random_init: bool) -> tuple[Path, Values | None]:
     """The folder of an encoder, and its stored weights (None: to be drawn at random)."""
     key, hint = f"encoder.{name}_encoder", HINTS[name]
     folder = locate(spec, key, ("config.json",) if random_init else WEIGHT_FILES, hint)
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"No config.json in {folder.absolute()} ({key} = {spec!r}). {hint}")
-    return folder, None if random_init else Checkpoint(folder, f"{key} = {spec!r}", hint)
+    return folder, None if random_init else Checkpoint(folder, name, f"{key} = {spec!r}", hint)
 
 
 def check_vocabulary(name: str, tokenizer: object, vocab_size: int) -> None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from flux_trainer.config.schema import Encoder
 from flux_trainer.encoders.locate import HINTS, locate
+from flux_trainer.hub.foreign import check_no_pointer
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,7 +32,7 @@ class Tokenizers:
     """The tokenizers of T5 and CLIP. Holds no tensors and can be pickled, for data workers."""
 
     def __init__(self, section: Encoder) -> None:
-        """Raises FileNotFoundError, naming the files, where a tokenizer is missing."""
+        """Raises FileNotFoundError or WeightsError, naming the files, where a tokenizer is missing."""
         from transformers import CLIPTokenizerFast, T5TokenizerFast
 
         t5 = tokenizer_folder(section.t5_tokenizer, section.t5_encoder, "t5", T5_FILES)
@@ -74,6 +75,9 @@ def tokenizer_folder(tokenizer: str, encoder: str, name: str, choices: Sequence[
         candidates.append(folder.parent / SIBLINGS[folder.name])
     for candidate in candidates:
         if any(all((candidate / file).is_file() for file in files) for files in choices):
+            for file in wanted:
+                if (candidate / file).is_file():
+                    check_no_pointer(candidate / file)
             return candidate
     needed = " or ".join(" + ".join(files) for files in choices)
     looked = " and ".join(str(candidate.absolute()) for candidate in candidates)

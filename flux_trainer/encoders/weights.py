@@ -7,21 +7,27 @@ keyed random generator: the same on every rank, for any number of ranks, on any 
 
 from __future__ import annotations
 
-import json
 import zlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from flux_trainer.flow.rng import Purpose, uniform
+from flux_trainer.hub.errors import WeightsError
+from flux_trainer.hub.plain import Part, encoder_contents
+from flux_trainer.hub.safetensors_files import SafetensorsFiles
 
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
-WEIGHT_FILES = ("config.json", INDEX, SINGLE, "model-*-of-*.safetensors")
+WEIGHT_FILES = (
+    "config.json",
+    "model.safetensors.index.json",
+    "model.safetensors",
+    "model-*-of-*.safetensors",
+)
+"""What is fetched from the hub; a local folder may hold a variant under other names."""
 
 Values = Callable[[str, torch.Size], Tensor]
 """The value of a parameter, by its name in the module and its shape, in any float dtype, on any device."""
@@ -66,45 +72,28 @@ def _shared_parameters(model: nn.Module) -> dict[str, str]:
 class Checkpoint:
     """`Values` from the safetensors files of a folder, as transformers and diffusers write them."""
 
-    def __init__(self, folder: Path, key: str, hint: str) -> None:
+    def __init__(self, folder: Path, part: Part, key: str, hint: str) -> None:
         """Open `folder`; `key` is the setting it comes from, `hint` says how to get the files.
 
-        Raises FileNotFoundError where one is missing.
+        Raises WeightsError where a file is missing or damaged, or holds no plain weights of such an encoder.
         """
-        self.folder = folder
-        self.hint = hint
-        self.files: dict[str, Any] = {}  # file name -> open safetensors file (mapped, not read)
-        if (folder / INDEX).is_file():
-            weight_map: dict[str, str] = json.loads((folder / INDEX).read_bytes())["weight_map"]
-            for file in sorted(set(weight_map.values())):
-                self._open(file, f" (named in {INDEX})")
-        elif (folder / SINGLE).is_file():
-            self._open(SINGLE, "")
-        else:
-            pickles = sorted(path.name for path in folder.glob("*.bin"))
-            found = f"It has {pickles[0]}, but a pickle can run code and is never loaded. " if pickles else ""
-            raise FileNotFoundError(f"No {SINGLE} in {folder.absolute()} ({key}). {found}{hint}")
-        self.where = {name: file for file, handle in self.files.items() for name in handle.keys()}  # noqa: SIM118
-
-    def _open(self, file: str, named: str) -> None:
-        from safetensors import safe_open
-
-        if not (self.folder / file).is_file():
-            raise FileNotFoundError(f"No {file}{named} in {self.folder.absolute()}. {self.hint}")
-        self.files[file] = safe_open(self.folder / file, framework="pt")
+        try:
+            self.source = SafetensorsFiles(encoder_contents(folder, part))
+        except WeightsError as error:
+            raise WeightsError(f"{key}: {error} {hint}") from error
 
     def __call__(self, name: str, shape: torch.Size) -> Tensor:
         """Raises ValueError where the files lack a tensor or have it in another shape."""
-        stored = next((other for other in _names(name) if other in self.where), None)
+        tensors, path = self.source.tensors, self.source.path.absolute()
+        stored = next((other for other in _names(name) if other in tensors), None)
         if stored is None:
-            raise ValueError(f"The safetensors files in {self.folder.absolute()} have no tensor {name!r}.")
-        value: Tensor = self.files[self.where[stored]].get_tensor(stored)
-        if value.shape != shape:
+            raise ValueError(f"{path} has no tensor {name!r}, which config.json next to it asks for.")
+        if tensors[stored].shape != shape:
             raise ValueError(
-                f"{stored!r} in {self.folder.absolute() / self.where[stored]} is {list(value.shape)}, "
+                f"{stored!r} in {path} is {list(tensors[stored].shape)}, "
                 f"but by config.json beside it {list(shape)} is needed."
             )
-        return value
+        return self.source.read(stored, (0,) * len(shape), shape)
 
 
 # What may stand in front of a parameter's name in files of whole models: CLIP with its image half, language

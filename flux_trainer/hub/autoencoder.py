@@ -64,7 +64,7 @@ def read_config(path: str | Path, default: AnyConfig) -> AnyConfig:
 
 
 def _config(place: Place) -> tuple[AnyConfig, str]:
-    source = open_source(place)
+    source = open_source(place, "vae")
     family, _, _ = recognise(place, source, "vae", _FAMILIES)
     (published,) = family.flavors.values()
     name = family.title.removesuffix(" autoencoder")

@@ -13,15 +13,14 @@ import torch
 from torch import Tensor
 
 from flux_trainer.checkpoint import commit
-from flux_trainer.checkpoint.load import STATE
-from flux_trainer.checkpoint.metadata import METADATA
+from flux_trainer.checkpoint.commit import METADATA, STATE
 from flux_trainer.checkpoint.tensors import stream_tensors
+from flux_trainer.hub.contents import INDEX_SUFFIX, NOTE
 from flux_trainer.hub.detect import STEM
 from flux_trainer.hub.errors import WeightsError
-from flux_trainer.hub.safetensors_files import INDEX_SUFFIX
 from flux_trainer.hub.source import Extent, Stored
 from flux_trainer.hub.target import Format, check_target, existing_parent, replacing
-from flux_trainer.hub.weights import NOTE, Weights, note
+from flux_trainer.hub.weights import Weights, note
 from flux_trainer.hub.write import write_safetensors
 from flux_trainer.models import keys
 from flux_trainer.runtime.files import ensure_space, sync, write_json

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorStorageMetadata
 
-from flux_trainer.checkpoint.metadata import METADATA, SafeReader, is_whole, read_metadata
+from flux_trainer.checkpoint.commit import METADATA
+from flux_trainer.checkpoint.metadata import SafeReader, is_whole, read_metadata
 from flux_trainer.checkpoint.plan import Part, ReadPlan
 from flux_trainer.hub.errors import WeightsError
 from flux_trainer.hub.source import Extent, Stored

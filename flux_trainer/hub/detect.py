@@ -1,24 +1,33 @@
-"""What lies at a path: a weights file, diffusers' folders, a checkpoint, or a run that has some."""
+"""What lies at a path: a weights file, diffusers' folders, a checkpoint, or a run that has some. No torch."""
 
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from flux_trainer.checkpoint.commit import MANIFEST
-from flux_trainer.checkpoint.metadata import METADATA
+from flux_trainer.checkpoint.commit import MANIFEST, METADATA
+from flux_trainer.hub.contents import is_index
 from flux_trainer.hub.errors import WeightsError
-from flux_trainer.hub.families import Component
-from flux_trainer.hub.safetensors_files import INDEX_SUFFIX
+from flux_trainer.hub.foreign import PICKLES, what_else
+
+Component = Literal["transformer", "vae"]
+"""diffusers' names of a pipeline's parts, and of their folders."""
 
 CONFIG = "config.json"
 PIPELINE = "model_index.json"
 STEM = "diffusion_pytorch_model"
 """What diffusers calls the files of weights; `CONFIG` beside them is theirs."""
+_STEMS = (f"{STEM}.", "model.")
+"""How names begin that diffusers and transformers give; other files of weights may lie next to these."""
 
-PICKLES = {".pt", ".pth", ".bin", ".ckpt", ".pkl"}
+SUFFIXES = {".safetensors", ".sft"}
+"""Of safetensors files in a folder, in upper or lower case; a file that is named may be called anything."""
+_SHARD = re.compile(r"-\d{5}-of-(?!00001)\d{5}\.\w+$")
+
+_INDEX_OF_PICKLES = ".bin.index.json"
 
 
 @dataclass(frozen=True)
@@ -47,55 +56,62 @@ def locate(path: str | Path, component: Component = "transformer") -> Place:
     if path.is_file():
         return _file(path)
     if not path.is_dir():
-        raise FileNotFoundError(f"There is no file or folder {path.absolute()}.")
+        raise FileNotFoundError(_not_there(path))
     if (path / MANIFEST).is_file():
         return Place("checkpoint", path)
     if (path / METADATA).is_file():
         return Place("dcp", path)
     if (path / PIPELINE).is_file() and (path / component).is_dir():
         return locate(path / component, component)
-    return _newest_step(path) or _component(path, component)
+    if step := newest_step(path):
+        return step
+    if file := weights_in(path):
+        return Place("safetensors", file)
+    if (path / component).is_dir():  # of a pipeline that was fetched in part
+        return locate(path / component, component)
+    raise WeightsError(
+        f"{path} has no weights of a {component}: no safetensors file, no {METADATA} of a checkpoint, no "
+        f"folder {component}/ of a pipeline, no step-N."
+    )
 
 
-def config_beside(place: Place) -> tuple[Path, dict[str, Any]] | None:
-    """The JSON file that says which model a set of safetensors files is, and its content.
+def weights_in(folder: Path) -> Path | None:
+    """The safetensors file of one model in a folder, or the index of several; None if it has none.
 
-    It has the name of the weights' file (`ae.json` beside `ae.safetensors`), or is diffusers' `config.json`.
+    Of several, those come first that have the name which diffusers and transformers give them; of these,
+    the ones without a variant (`model.fp16.safetensors`).
+
+    Raises:
+        WeightsError: it is not clear which file is meant, or there are only some that are not read.
     """
-    files = [place.path.parent / CONFIG]
-    if place.path.suffix == ".safetensors":
-        files.insert(0, place.path.with_suffix(".json"))
-    file = next((file for file in files if file.is_file()), None)
-    if place.kind != "safetensors" or file is None:
-        return None
-    try:
-        values = json.loads(file.read_bytes())
-    except ValueError as error:
-        raise WeightsError(f"{file} is not valid JSON: {error}.") from error
-    if not isinstance(values, dict):
-        raise WeightsError(f"{file} must hold an object.")
-    return file, values
-
-
-def belongs(config: Path, place: Place) -> bool:
-    """Whether a file that `config_beside` found can be of no other model than the weights beside it."""
-    return config.name != CONFIG or place.path.name.startswith(STEM)
-
-
-def _file(path: Path) -> Place:
-    if path.name == METADATA or path.suffix == ".distcp":
-        return locate(path.parent)
-    if path.suffix in PICKLES:
+    files = sorted(file for file in folder.iterdir() if file.is_file() or file.is_symlink())
+    weights = [file for file in files if file.suffix.lower() in SUFFIXES]
+    groups: dict[tuple[bool, bool, bool], list[Path]] = {}
+    for file in files:
+        if is_index(file) or (file in weights and not _SHARD.search(file.name)):
+            plain = not _variant(file)
+            rank = (file.name.startswith(_STEMS), plain, plain and is_index(file))
+            groups.setdefault(rank, []).append(file)
+    if groups:
+        best = groups[max(groups)]
+        if len(best) > 1:
+            names = ", ".join(file.name for file in best)
+            raise WeightsError(f"{folder} has {names}: name one of them, or leave only one.")
+        return _file(best[0]).path
+    if weights:
         raise WeightsError(
-            f"{path} is a pickle, which can run any code when it is read, and is not opened. "
-            "Fetch the safetensors file of the same weights."
+            f"{folder} has {weights[0].name}, but not the index of these files "
+            "(*.safetensors.index.json). Fetch it too."
         )
-    if path.suffix == ".gguf":
-        raise WeightsError(f"{path} holds quantised weights; fetch the safetensors file they were made from.")
-    return Place("safetensors", path)
+    foreign = [
+        file
+        for file in files
+        if file.suffix.lower() in {".gguf", *PICKLES} or file.name.endswith(_INDEX_OF_PICKLES)
+    ]
+    return _file(foreign[0]).path if foreign else None
 
 
-def _newest_step(path: Path) -> Place | None:
+def newest_step(path: Path) -> Place | None:
     """The newest checkpoint in a folder of checkpoints, or in the dump folder of a run."""
     for pattern in ("step-*", "*/step-*"):
         steps: dict[tuple[str, int], Place] = {}
@@ -111,18 +127,62 @@ def _newest_step(path: Path) -> Place | None:
     return None
 
 
-def _component(path: Path, component: Component) -> Place:
-    """The safetensors files of one model in a folder."""
-    for pattern in (f"*{INDEX_SUFFIX}", "*.safetensors"):
-        found = sorted(path.glob(pattern))
-        plain = [file for file in found if file.name.count(".") == pattern.count(".")]  # no variant (.fp16.)
-        if len(found) == 1 or len(plain) == 1:
-            return Place("safetensors", (plain or found)[0])
-        if found:
-            raise WeightsError(f"{path} has {', '.join(file.name for file in found)}: name one of them.")
-    if pickles := sorted(file.name for file in path.iterdir() if file.suffix in PICKLES):
-        return _file(path / pickles[0])
-    raise WeightsError(
-        f"{path} has no weights of a {component}: no safetensors file, no {METADATA} of a checkpoint, no "
-        f"folder {component}/ of a pipeline, no step-N."
-    )
+def config_beside(place: Place) -> tuple[Path, dict[str, Any]] | None:
+    """The JSON file that says which model a set of safetensors files is, and its content.
+
+    It has the name of the weights' file (`ae.json` beside `ae.safetensors`), or is diffusers' `config.json`.
+    """
+    files = [place.path.parent / CONFIG]
+    if not is_index(place.path):
+        files.insert(0, place.path.with_suffix(".json"))
+    file = next((file for file in files if file.is_file()), None)
+    if place.kind != "safetensors" or file is None:
+        return None
+    return file, read_json(file)
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The object in a JSON file; WeightsError if there is none."""
+    try:
+        values = json.loads(file.read_bytes())
+    except ValueError as error:
+        raise WeightsError(f"{file} is not valid JSON: {error}.") from error
+    if not isinstance(values, dict):
+        raise WeightsError(f"{file} must hold an object.")
+    return values
+
+
+def belongs(config: Path, place: Place) -> bool:
+    """Whether a file that `config_beside` found can be of no other model than the weights beside it."""
+    return config.name != CONFIG or place.path.name.startswith(STEM)
+
+
+def _file(path: Path) -> Place:
+    if path.name == METADATA or path.suffix == ".distcp":
+        return locate(path.parent)
+    if not path.is_file():
+        raise WeightsError(_not_there(path))
+    if path.name.endswith(_INDEX_OF_PICKLES):
+        raise WeightsError(
+            f"{path} is an index of pickles, which can run any code when they are read, and are not opened. "
+            "Fetch the safetensors files of the same weights."
+        )
+    if not is_index(path):
+        with open(path, "rb") as file:
+            begins = file.read(9)
+        if begins[8:] != b"{":
+            raise WeightsError(what_else(path))
+        if _SHARD.search(path.name):
+            raise WeightsError(f"{path} is one of several files of a model: name their folder or index.")
+    return Place("safetensors", path)
+
+
+def _variant(file: Path) -> bool:
+    """Whether a file is of a variant: model.fp16.safetensors, model.safetensors.index.fp16.json."""
+    return file.name.count(".") > (3 if file.suffix == ".json" else 1)
+
+
+def _not_there(path: Path) -> str:
+    if path.is_symlink():
+        return f"{path.absolute()} is a link to {path.readlink()}, which is not there."
+    return f"There is no file or folder {path.absolute()}."

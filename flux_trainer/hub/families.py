@@ -5,21 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
 
 from flux_trainer.hub import diffusers_config, infer
+from flux_trainer.hub.detect import Component
+from flux_trainer.hub.plain import OF_AUTOENCODERS, OF_TRANSFORMERS
 from flux_trainer.models import keys, registry
 from flux_trainer.models.autoencoder import AutoEncoder, AutoEncoderConfig
 from flux_trainer.models.autoencoder2 import AutoEncoder2, AutoEncoder2Config
 from flux_trainer.models.configs import Flux1Config, Flux2Config
 from flux_trainer.models.flux1 import Flux1Model
 from flux_trainer.models.flux2 import Flux2Model
-
-Component = Literal["transformer", "vae"]
-"""diffusers' names of a pipeline's parts, and of their folders."""
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -85,9 +84,6 @@ def _flavors(family: str) -> dict[str, Any]:
     return {name: config for name, config in registry.FLAVORS.items() if config.family == family}
 
 
-_OF_TRANSFORMERS = ("model.diffusion_model.", "diffusion_model.")
-_OF_AUTOENCODERS = ("vae.", "first_stage_model.")
-
 FLUX1 = Family(
     name="flux1",
     title="FLUX.1 transformer",
@@ -98,7 +94,7 @@ FLUX1 = Family(
     flavors=_flavors("flux1"),
     diffusers=diffusers_config.FLUX1,
     infer=partial(infer.flux1, flavors=_flavors("flux1")),
-    prefixes=_OF_TRANSFORMERS,
+    prefixes=OF_TRANSFORMERS,
     in_torchtitan=True,
 )
 FLUX2 = Family(
@@ -111,7 +107,7 @@ FLUX2 = Family(
     flavors=_flavors("flux2"),
     diffusers=diffusers_config.FLUX2,
     infer=partial(infer.flux2, flavors=_flavors("flux2")),
-    prefixes=_OF_TRANSFORMERS,
+    prefixes=OF_TRANSFORMERS,
 )
 FLUX1_AE = Family(
     name="flux1-ae",
@@ -123,7 +119,7 @@ FLUX1_AE = Family(
     flavors={"flux1-ae": AutoEncoderConfig()},
     diffusers=diffusers_config.FLUX1_AE,
     infer=lambda shapes: None,
-    prefixes=_OF_AUTOENCODERS,
+    prefixes=OF_AUTOENCODERS,
 )
 FLUX2_AE = Family(
     name="flux2-ae",
@@ -135,7 +131,7 @@ FLUX2_AE = Family(
     flavors={"flux2-ae": AutoEncoder2Config()},
     diffusers=diffusers_config.FLUX2_AE,
     infer=lambda shapes: None,
-    prefixes=_OF_AUTOENCODERS,
+    prefixes=OF_AUTOENCODERS,
     counters=("bn.num_batches_tracked",),
 )
 FAMILIES = (FLUX1, FLUX2, FLUX1_AE, FLUX2_AE)

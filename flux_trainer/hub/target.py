@@ -14,12 +14,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
-from flux_trainer.checkpoint.commit import MANIFEST
-from flux_trainer.checkpoint.load import STATE
-from flux_trainer.checkpoint.metadata import METADATA
-from flux_trainer.hub.detect import CONFIG, PICKLES, STEM
+from flux_trainer.checkpoint.commit import MANIFEST, METADATA, STATE
+from flux_trainer.hub.contents import INDEX_SUFFIX
+from flux_trainer.hub.detect import CONFIG, STEM, SUFFIXES
 from flux_trainer.hub.errors import WeightsError
-from flux_trainer.hub.safetensors_files import INDEX_SUFFIX
+from flux_trainer.hub.foreign import PICKLES
 from flux_trainer.runtime.files import sync
 from flux_trainer.runtime.log import logger
 from flux_trainer.runtime.paths import folder_problem
@@ -40,7 +39,7 @@ _OURS = (
     f"{STEM}{INDEX_SUFFIX}",
     "__0_0.distcp",
 )
-_OF_FILES = {".safetensors", ".gguf", *PICKLES}
+_OF_FILES = {*SUFFIXES, ".gguf", *PICKLES}
 
 
 def check_target(target: Path, to: Format, overwrite: bool) -> Path:

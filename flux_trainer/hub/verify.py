@@ -13,11 +13,10 @@ import torch
 
 from flux_trainer.checkpoint.errors import CheckpointError
 from flux_trainer.checkpoint.load import verify as verify_checkpoint
+from flux_trainer.hub.contents import read_contents
 from flux_trainer.hub.dcp import DcpFolder
-from flux_trainer.hub.detect import PIPELINE, Place, locate
+from flux_trainer.hub.detect import PIPELINE, Component, Place, locate
 from flux_trainer.hub.errors import WeightsError
-from flux_trainer.hub.families import Component
-from flux_trainer.hub.safetensors_files import SafetensorsFiles
 from flux_trainer.hub.weights import EMA, open_weights
 from flux_trainer.hub.write import CHECKSUM, checksum
 
@@ -108,7 +107,7 @@ def _model(place: Place, component: Component, config: Any | None) -> Iterator[t
         yield "average", "present" if average else "none"
         yield "optimizer", "present" if any(n.startswith("optimizer.") for n in everything) else "none"
     elif place.path.suffix == ".json":
-        files = {file.name for file in SafetensorsFiles(place.path).headers}
+        files = read_contents(place.path).headers
         yield "files", f"{len(files)}, as the index says"
 
 
@@ -119,7 +118,7 @@ def _content(place: Place) -> str:
         return "every file is as it was written (SHA-256)"
     if place.kind == "dcp":
         return "names, shapes and sizes fit; the format has no hashes"
-    headers = SafetensorsFiles(place.path).headers
+    headers = read_contents(place.path).headers
     hashed = {file: header for file, header in headers.items() if CHECKSUM in header.metadata}
     changed = [
         file.name

@@ -10,26 +10,23 @@ from typing import Any
 
 from torch import Tensor
 
-from flux_trainer.checkpoint.load import NOT_MODEL, STATE
+from flux_trainer.checkpoint.commit import STATE
+from flux_trainer.checkpoint.load import NOT_MODEL
 from flux_trainer.hub.account import account
+from flux_trainer.hub.contents import NOTE
 from flux_trainer.hub.dcp import DcpFolder
-from flux_trainer.hub.detect import Place, belongs, config_beside, locate
+from flux_trainer.hub.detect import Component, Place, belongs, config_beside, locate
 from flux_trainer.hub.errors import WeightsError, grouped
-from flux_trainer.hub.families import FAMILIES, Component, Family, config_of, family_of
+from flux_trainer.hub.families import FAMILIES, Family, config_of, family_of
+from flux_trainer.hub.plain import OF_A_PIPELINE, plain_contents
 from flux_trainer.hub.safetensors_files import SafetensorsFiles
 from flux_trainer.hub.source import Completed, Extent, Source
 from flux_trainer.models import keys
 
-NOTE = "flux_trainer"
-"""Key of a safetensors file's metadata under which this trainer says which model it holds: JSON of `note`."""
 EMA = "ema."
 
-# What lies beside a model's parameters, and is none of them.
-_OF_A_RUN = ("optimizer", "lr_scheduler", "dataloader", "train_state")  # torchtitan's checkpoints
-_OF_A_PIPELINE = (  # files that hold all of a pipeline
-    "vae.", "first_stage_model.", "text_encoders.", "cond_stage_model.", "conditioner.", "text_encoder",
-    "model.diffusion_model.", "diffusion_model.", "logit_scale", "model_ema.",
-)  # fmt: skip
+_OF_A_RUN = ("optimizer", "lr_scheduler", "dataloader", "train_state")
+"""What torchtitan's checkpoints hold next to a model's parameters."""
 
 _LIKE = 0.2  # a file whose modules have less than this in common with a model's is of something else
 
@@ -112,7 +109,7 @@ def open_weights(
         CheckpointError: a checkpoint's table of contents cannot be trusted.
     """
     place = path if isinstance(path, Place) else locate(path, component)
-    source = open_source(place, ema=ema, ahead=ahead)
+    source = open_source(place, component, ema=ema, ahead=ahead)
     if ema and not source.tensors:
         raise WeightsError(f"{place.path} has no moving average of the weights.")
     candidates = (family_of(config),) if config is not None else FAMILIES
@@ -140,12 +137,12 @@ def open_weights(
     return Weights(place, family, config, layout, prefix, entries, source, names)
 
 
-def open_source(place: Place, *, ema: bool = False, ahead: bool = False) -> Source:
-    """The tensors at a place that may be a model's; `ema` as in `open_weights`."""
+def open_source(place: Place, component: Component, *, ema: bool = False, ahead: bool = False) -> Source:
+    """The tensors at a place that may be a model's; arguments and errors as of `open_weights`."""
     if place.kind == "safetensors":
         if ema:
             raise WeightsError(f"{place.path} has no moving average beside its weights.")
-        return SafetensorsFiles(place.path)
+        return SafetensorsFiles(plain_contents(place, component))
     folder = DcpFolder(place.path, EMA if ema else "", ahead)
     companions = NOT_MODEL if place.kind == "checkpoint" else _OF_A_RUN
     if not ema:
@@ -182,7 +179,7 @@ def recognise(
 
 def _own_names(place: Place, source: Source, family: Family, prefix: str) -> dict[str, str]:
     """The layout's name -> the file's, of all tensors but those of a pipeline's other parts."""
-    companions = tuple(set(_OF_A_PIPELINE) - set(family.prefixes))
+    companions = tuple(set(OF_A_PIPELINE) - set(family.prefixes))
     names: dict[str, str] = {}
     for file in source.tensors:
         if file.startswith(prefix) or not file.startswith(companions):

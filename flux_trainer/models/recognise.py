@@ -31,6 +31,9 @@ _FIELDS = {
 }
 """Field of diffusers' config.json -> ours. Those that are not written show in the shapes."""
 
+_KNOWN_VARIANTS = {"flux1 384": "FLUX.1-Fill", "flux1 128": "FLUX.1-Depth or FLUX.1-Canny"}
+"""Family and in_channels of published models that take more than noise, and are no flavors."""
+
 _PREFIX = re.compile(r"(model\.)?diffusion_model\.")  # ComfyUI's
 _SIZES = (
     ("hidden_size", 0, ("img_in.weight", "x_embedder.weight")),
@@ -67,7 +70,12 @@ def of_shapes(shapes: Shapes) -> dict[str, Any]:
             fields[field] = shape[dim]
     if not {"hidden_size", "context_in_dim", "head_dim"} <= fields.keys():
         return {}
-    fields["family"] = "flux1" if "vec_in_dim" in fields else "flux2"
+    if "vec_in_dim" in fields:
+        fields["family"] = "flux1"
+    elif any(name.startswith("double_stream_modulation_img.") for name in shapes):
+        fields["family"] = "flux2"
+    else:  # Chroma, for one, has FLUX.1's blocks without its vector
+        return {}
     fields["guidance_embed"] = any("guidance_in." in n or "guidance_embedder." in n for n in shapes)
     for field, block in _BLOCKS.items():
         fields[field] = len({match[1] for name in shapes if (match := block.match(name))})
@@ -86,17 +94,30 @@ def of_config(values: Mapping[str, Any]) -> dict[str, Any]:
 
 def flavors(fields: Mapping[str, Any]) -> list[str]:
     """The flavors with these values."""
+    return [flavor for flavor in FLAVORS if fields and not _differing(fields, flavor)]
+
+
+def unlike(fields: Mapping[str, Any]) -> str:
+    """In words, of fields that are no flavor's: what they describe, and what differs from the nearest."""
+    what = f"{_describe(fields)}, which is no flavor"
+    family = [name for name, config in FLAVORS.items() if config.family == fields.get("family")]
+    if not family:
+        return what
+    nearest = min(family, key=lambda flavor: len(_differing(fields, flavor)))
+    gaps = [f"{name} ({here}, not {there})" for name, here, there in _differing(fields, nearest)]
+    known = _KNOWN_VARIANTS.get(f"{fields['family']} {fields.get('in_channels')}")
+    variant = f", as {known} does, which is not supported" if known else ""
+    return f"{what}: it differs from {nearest} in {', '.join(gaps)}{variant}"
+
+
+def _differing(fields: Mapping[str, Any], flavor: str) -> list[tuple[str, Any, Any]]:
+    """Field, value here and value of the flavor (None: it has no such field), where they are not equal."""
     wanted = {name: tuple(x) if isinstance(x, list) else x for name, x in fields.items()}
-    missing = object()
-    return [
-        flavor
-        for flavor, config in FLAVORS.items()
-        if wanted and all(getattr(config, name, missing) == x for name, x in wanted.items())
-    ]
+    config = FLAVORS[flavor]
+    return [(n, x, getattr(config, n, None)) for n, x in wanted.items() if getattr(config, n, None) != x]
 
 
-def describe(fields: Mapping[str, Any]) -> str:
-    """In words, for who is told that there is no such flavor."""
+def _describe(fields: Mapping[str, Any]) -> str:
     title = {"flux1": "FLUX.1", "flux2": "FLUX.2"}.get(fields.get("family", ""), "another model")
     sizes = [
         f"{name} {fields[name]}" for name in ("hidden_size", "depth", "depth_single_blocks") if name in fields

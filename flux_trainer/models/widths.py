@@ -14,6 +14,17 @@ from flux_trainer.models.registry import FLAVORS
 STATES = 3
 """Hidden states of a language model that FLUX.2 takes side by side."""
 
+_PUBLISHED = {
+    "t5_encoder": {4096: "T5 XXL", 2048: "T5 XL"},
+    "clip_encoder": {768: "CLIP ViT-L/14", 1280: "CLIP ViT-bigG/14"},
+    "llm_encoder": {
+        STATES * 2560: "Qwen3-4B",
+        STATES * 4096: "Qwen3-8B",
+        STATES * 5120: "Mistral-Small-3.2",
+    },
+}
+"""Key of [encoder] -> features -> the published model that gives so many."""
+
 
 def check_widths(config: JobConfig) -> None:
     """Refuse text encoders whose features the transformer cannot take.
@@ -30,9 +41,12 @@ def check_widths(config: JobConfig) -> None:
 
 def misfit(config: JobConfig, key: str, got: int | None, want: int) -> str:
     """What to say of an encoder, named by its key, that gives `got` features where `want` are taken."""
+    published = _PUBLISHED[key]
+    gives = f"{got} features, as {published[got]} does," if got in published else f"{got} features,"
+    takes = f"{want}, {published[want]}'s" if want in published else f"{want}"
     return (
-        f"encoder.{key} = {getattr(config.encoder, key)!r} gives {got} features, but {config.model.flavor} "
-        f"takes {want}: choose the encoder that belongs to the flavor"
+        f"encoder.{key} = {getattr(config.encoder, key)!r} gives {gives} but {config.model.flavor} "
+        f"takes {takes}: choose the encoder that belongs to the flavor"
     )
 
 

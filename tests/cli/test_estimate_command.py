@@ -72,6 +72,13 @@ def test_refusals_are_those_of_the_run(toml, capsys):
     assert "--gpus is missing" in capsys.readouterr().err
 
 
+def test_files_that_do_not_say_how_large_the_encoders_are(toml, tmp_path, capsys):
+    (tmp_path / "pointer.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n")
+    words = ["--encoder.autoencoder_path", str(tmp_path / "pointer.safetensors")]
+    assert main(["estimate", toml, "--gpus", "1", *words]) == 2
+    assert "pointer.safetensors is a git-lfs pointer" in capsys.readouterr().err
+
+
 def test_help_imports_no_torch():
     code = """
 import sys

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 from helpers.drawing import PROMPTS, generate, pictures, words_of
+from helpers.headers import write_header
 from helpers.marks import slow
 from helpers.ranks import run_ranks
 from helpers.tiny_run import MODEL, ROOT, write_assets
@@ -201,7 +202,7 @@ def test_bad_weights_and_folders_are_known_before_prompts_are_encoded(run, tmp_p
     data.write_bytes(data.read_bytes()[:1000])
     assert "cut off" in run_ranks(1, refused_before_encoding, tmp_path)[0]
     bad = ["--encoder.autoencoder_path", str(tmp_path / "bad.safetensors")]
-    (tmp_path / "bad.safetensors").write_bytes(b"\xff" * 20)
+    write_header(tmp_path / "bad.safetensors", {"encoder.conv_in.weight": (1, 3, 3, 3)})
     assert "bad.safetensors" in run_ranks(1, refused_before_encoding, run[0], *bad)[0]
     cudnn = ["--attention.backend=cudnn", "--training.mixed_precision_param=bfloat16"]
     assert "runs on CUDA alone, not on cpu" in run_ranks(1, refused_before_encoding, run[0], *cudnn)[0]

@@ -123,9 +123,9 @@ REFUSALS = {
     "RUN --inference.prompts_path nowhere.txt": 'inference.prompts_path = "nowhere.txt" is not there',
     "RUN --inference.prompts_path README.md --inference.prompts a": "are both given; give one of the two",
     "RUN a --parallelism.tensor_parallel_degree 2": "does not divide the 1 ranks of this run; possible: 1",
-    "RUN/img a": "this folder is neither a run (config.toml), nor a checkpoint (step-N)",
-    "nowhere a": "nowhere: there is no such file or folder (looked in ",
-    "README.md a": "README.md: weights are read from .safetensors files; a pickle could run code",
+    "RUN/img a": "has no weights of a transformer: no safetensors file",
+    "nowhere a": "There is no file or folder ",
+    "README.md a": "README.md is not a readable safetensors file: it is text that begins with",
     "RUN a --out ONE --size 16": "001_a_16x16_seed0.png would be replaced: take another --seed ",
 }
 
@@ -164,7 +164,7 @@ def test_published_weights_are_drawn_as_they_were_distilled(tmp_path):
     """FLUX.1's folders as they are published; which of the two it is shows in the files."""
     for part in ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "transformer"):
         (tmp_path / part).mkdir()
-    (tmp_path / "ae.safetensors").write_text("")
+    write_header(tmp_path / "ae.safetensors", {})
     (tmp_path / "model_index.json").write_text("{}")
     write_header(tmp_path / "flux1-dev.safetensors", shapes_of("flux-dev", "bfl"))
     write_header(tmp_path / "transformer/model.safetensors", shapes_of("flux-schnell", "diffusers"))
@@ -207,7 +207,7 @@ def test_published_weights_are_drawn_as_they_were_distilled(tmp_path):
 def test_flux2_is_drawn_as_it_was_distilled(tmp_path, flavor, scales, notes):
     for part in ("text_encoder", "tokenizer", "vae"):
         (tmp_path / part).mkdir()
-    (tmp_path / "vae/model.safetensors").write_text("")
+    write_header(tmp_path / "vae/model.safetensors", {})
     write_header(tmp_path / "flux2.safetensors", shapes_of(flavor, "bfl"))
     order, config, notices = plan([str(tmp_path / "flux2.safetensors"), "a"], 1)
     [r] = order.requests

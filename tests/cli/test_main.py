@@ -6,6 +6,7 @@ import signal
 from types import SimpleNamespace
 
 import pytest
+from helpers.headers import write_header
 
 from flux_trainer import __version__
 from flux_trainer.cli.main import COMMANDS, main
@@ -17,7 +18,7 @@ from flux_trainer.runtime.interrupt import STOP_SIGNALS
 def toml(tmp_path, monkeypatch):
     """A sound configuration in the working folder."""
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "ae.safetensors").write_text("")
+    write_header(tmp_path / "ae.safetensors", {})
     text = '[encoder]\nautoencoder_path = "ae.safetensors"\n[[data.sources]]\ntype = "synthetic"\n'
     (tmp_path / "a.toml").write_text(text)
     return "a.toml"

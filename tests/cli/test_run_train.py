@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from helpers.headers import write_header
 
 ROOT = Path(__file__).parents[2]
 SHOWN = (
@@ -20,7 +21,7 @@ SHOWN = (
 @pytest.fixture
 def run(tmp_path, monkeypatch):
     """Call the script with environment and arguments, from a folder that holds a sound a.toml."""
-    (tmp_path / "ae.safetensors").write_text("")
+    write_header(tmp_path / "ae.safetensors", {})
     text = '[encoder]\nautoencoder_path = "ae.safetensors"\n[[data.sources]]\ntype = "synthetic"\n'
     (tmp_path / "a.toml").write_text(text)
     stub = tmp_path / "python"
@@ -113,7 +114,7 @@ def test_the_default_run_moves_to_the_repository(run, tmp_path):
     repository = tmp_path / "somewhere" / "repo"
     (repository / "train_configs").mkdir(parents=True)
     shutil.copy(ROOT / "run_train.sh", repository)
-    (repository / "ae.safetensors").write_text("")
+    write_header(repository / "ae.safetensors", {})
     (repository / "train_configs" / "emoji_tiny.toml").write_text((tmp_path / "a.toml").read_text())
     done = run(script=repository / "run_train.sh", NGPU="1")
     assert done.returncode == 0, done.stderr

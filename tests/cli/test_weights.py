@@ -161,8 +161,42 @@ def test_what_is_no_transformer_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="these are not the weights of a FLUX transformer"):
         find_weights(str(tmp_path / "vae"))
     (tmp_path / "model_index.json").write_text("{}")
-    with pytest.raises(ConfigError, match="has no transformer"):
+    with pytest.raises(WeightsError, match="has no weights of a transformer"):
         find_weights(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("flavor", "channels", "told"),
+    [
+        (
+            "flux-dev",
+            384,
+            r"\(384, not 64\), as FLUX\.1-Fill does, which is not supported; there are ",
+        ),
+        ("flux-dev", 128, r"\(128, not 64\), as FLUX\.1-Depth or FLUX\.1-Canny does"),
+        ("flux2-klein-4b", 256, r"\(256, not 128\); there are flux-dev,"),
+    ],
+)
+def test_what_tells_a_variant_from_the_nearest_flavor(tmp_path, flavor, channels, told):
+    shapes = shapes_of(flavor, "bfl")
+    shapes["img_in.weight"] = (shapes["img_in.weight"][0], channels)
+    write_header(tmp_path / "a.safetensors", shapes)
+    with pytest.raises(ConfigError, match=rf"differs from {flavor} in in_channels {told}"):
+        find_weights(str(tmp_path / "a.safetensors"))
+
+
+def test_flux1s_blocks_without_its_vector_are_no_flux2(tmp_path):
+    """As Chroma has them."""
+    shapes = {n: x for n, x in shapes_of("flux-tiny", "bfl").items() if "vector_in" not in n}
+    write_header(tmp_path / "a.safetensors", shapes)
+    with pytest.raises(ConfigError, match="these are not the weights of a FLUX transformer"):
+        find_weights(str(tmp_path / "a.safetensors"))
+
+
+@pytest.mark.parametrize("name", ["a.sft", "A.SAFETENSORS", "blob"])
+def test_safetensors_files_of_any_name(tmp_path, name):
+    write_header(tmp_path / name, shapes_of("flux-tiny", "bfl"))
+    assert find_weights(str(tmp_path / name)).flavors == ["flux-tiny"]
 
 
 def test_damage_is_a_sentence(tmp_path):
@@ -173,12 +207,12 @@ def test_damage_is_a_sentence(tmp_path):
         "text": (2).to_bytes(8, "little") + b"{x",
     }.items():
         (tmp_path / f"{name}.safetensors").write_bytes(data)
-        with pytest.raises(ConfigError, match=rf"{name}\.safetensors: not a safetensors file"):
+        with pytest.raises(WeightsError, match=rf"{name}\.safetensors is not a readable safetensors file"):
             find_weights(str(tmp_path / f"{name}.safetensors"))
     write_header(tmp_path / "note.safetensors", shapes_of("flux-tiny", "bfl"), flux_trainer="x")
     assert find_weights(str(tmp_path / "note.safetensors")).flavors == ["flux-tiny"]
     (tmp_path / "a.safetensors.index.json").write_text('{"weight_map": {"a": "gone.safetensors"}}')
-    with pytest.raises(ConfigError, match=r"files that are not beside it: gone\.safetensors"):
+    with pytest.raises(WeightsError, match=r"files that are not beside it: gone\.safetensors"):
         find_weights(str(tmp_path / "a.safetensors.index.json"))
 
 
@@ -191,7 +225,7 @@ def test_a_config_of_something_else_beside_a_file_is_none_of_its_own(tmp_path):
 def test_folders_with_several_files_want_one_named(tmp_path):
     for name in ("a", "b"):
         write_header(tmp_path / f"{name}.safetensors", shapes_of("flux-tiny", "bfl"))
-    with pytest.raises(ConfigError, match=r"has a\.safetensors, b\.safetensors: name one of them"):
+    with pytest.raises(WeightsError, match=r"has a\.safetensors, b\.safetensors: name one of them"):
         find_weights(str(tmp_path))
     with pytest.raises(WeightsError, match="name one of them"):
         locate(tmp_path)

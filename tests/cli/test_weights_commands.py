@@ -14,7 +14,7 @@ from helpers import weights_files
 from safetensors.torch import load_file, save_file
 
 from flux_trainer.cli.main import main
-from flux_trainer.hub.safetensors_files import read_header
+from flux_trainer.hub.contents import read_header
 
 
 @pytest.fixture

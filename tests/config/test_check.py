@@ -306,7 +306,6 @@ def test_what_depends_on_the_number_of_ranks(flags, world_size, line):
                 "--local-dir assets/hf/FLUX.1-dev` brings FLUX's",
             ],
         ),
-        (["--encoder.autoencoder_path=images"], "encoder.autoencoder_path", ["a folder without weights"]),
         (
             ["--encoder.t5_encoder=./t5"],
             "encoder.t5_encoder",

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.ranks import run_ranks
+from safetensors.torch import load_file, save_file
 
 from flux_trainer.config.schema import Encoder
 from flux_trainer.encoders.text import TextEncoders
@@ -168,10 +169,42 @@ def test_committed_random_encoders_tell_captions_apart():
 def test_a_pickle_is_refused(stored, tmp_path):
     shutil.copy(stored / "t5" / "config.json", tmp_path)
     (tmp_path / "pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'echo'\ntR.")
-    with pytest.raises(FileNotFoundError, match=r"pytorch_model\.bin, but a pickle can run code") as error:
+    with pytest.raises(ValueError, match=r"pytorch_model\.bin is a pickle") as error:
         TextEncoders(section(stored, t5_encoder=str(tmp_path)), CPU, seed=0)
     assert "encoder.t5_encoder" in str(error.value)
     assert "hf download" in str(error.value)
+
+
+def test_quantised_weights_are_refused_and_a_cast_is_read(stored, tmp_path):
+    folder = copied(stored, tmp_path, "clip")
+    weights = load_file(folder / "model.safetensors")
+    linear = next(name for name in weights if name.endswith("fc1.weight"))
+    weights[linear] = weights[linear].to(torch.float8_e4m3fn)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    TextEncoders(section(stored, clip_encoder=str(folder)), CPU, seed=0)
+    weights[linear.replace(".weight", ".scale_weight")] = torch.ones(())
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    told = r"^encoder\.clip_encoder = .*quantised weights \(scaled float8: .*hf download"
+    with pytest.raises(ValueError, match=told):
+        TextEncoders(section(stored, clip_encoder=str(folder)), CPU, seed=0)
+
+
+@pytest.mark.parametrize("name", ["model.fp16.safetensors", "clip.sft"])
+def test_a_variant_is_read(name, stored, tmp_path):
+    expected = TextEncoders(section(stored), CPU, seed=0).empty
+    folder = copied(stored, tmp_path, "clip")
+    (folder / "model.safetensors").rename(folder / name)
+    empty = TextEncoders(section(stored, clip_encoder=str(folder)), CPU, seed=0).empty
+    assert torch.equal(empty.vec, expected.vec)
+
+
+def test_a_sharded_variant_is_read(stored, tmp_path):
+    expected = TextEncoders(section(stored), CPU, seed=0).empty
+    folder = copied(stored, tmp_path, "t5")
+    index = folder / "model.safetensors.index.json"
+    index.rename(folder / "model.safetensors.index.fp16.json")
+    empty = TextEncoders(section(stored, t5_encoder=str(folder)), CPU, seed=0).empty
+    assert torch.equal(empty.txt, expected.txt)
 
 
 def copied(stored: Path, tmp_path: Path, name: str) -> Path:
@@ -182,9 +215,8 @@ def test_missing_files_are_named(stored, tmp_path):
     folder = copied(stored, tmp_path, "t5")
     shard = sorted(folder.glob("*.safetensors"))[-1]
     shard.unlink()
-    with pytest.raises(
-        FileNotFoundError, match=rf"No {shard.name} \(named in model\.safetensors\.index\.json\)"
-    ):
+    named = rf"model\.safetensors\.index\.json names files that are not beside it: {shard.name}"
+    with pytest.raises(ValueError, match=named):
         TextEncoders(section(stored, t5_encoder=str(folder)), CPU, seed=0)
     folder = copied(stored, tmp_path, "clip")
     (folder / "config.json").unlink()
@@ -202,7 +234,7 @@ def test_weights_that_do_not_fit_are_refused(stored, tmp_path):
     ):
         TextEncoders(section(stored, t5_encoder=str(folder)), CPU, seed=0)
     config.write_text(text.replace('"num_layers": 2', '"num_layers": 3'))
-    with pytest.raises(ValueError, match=r"have no tensor 'encoder\.block\.2\."):
+    with pytest.raises(ValueError, match=r"has no tensor 'encoder\.block\.2\."):
         TextEncoders(section(stored, t5_encoder=str(folder)), CPU, seed=0)
     config.write_text(text.replace('"vocab_size": 32128', '"vocab_size": 1000'))
     with pytest.raises(ValueError, match="do not belong together"):
@@ -238,6 +270,12 @@ def test_hub_ids_are_fetched_and_failures_explained(stored, monkeypatch):
         assert part in str(error.value)
     with pytest.raises(FileNotFoundError, match=r"no folder .*/assets/none/t5\. Give"):
         TextEncoders(section(stored).model_copy(update={"t5_encoder": "assets/none/t5"}), CPU, seed=0)
+
+
+def test_a_file_in_place_of_a_folder_is_named(stored):
+    file = stored / "clip" / "model.safetensors"
+    with pytest.raises(FileNotFoundError, match=r"which is a file: name the folder that holds it"):
+        TextEncoders(section(stored, clip_encoder=str(file)), CPU, seed=0)
 
 
 def sharded_features(settings: dict) -> dict:

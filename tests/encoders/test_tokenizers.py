@@ -74,6 +74,13 @@ def test_tokenizers_beside_the_encoders_are_found(tmp_path):
     assert ids["clip"][0, : len(CLIP_APPLE)].tolist() == CLIP_APPLE
 
 
+def test_a_pointer_is_named(tmp_path):
+    folder = Path(shutil.copytree(T5, tmp_path / "t5"))
+    (folder / "spiece.model").write_text("version https://git-lfs.github.com/spec/v1\n")
+    with pytest.raises(ValueError, match=r"spiece\.model is a git-lfs pointer"):
+        Tokenizers(section(t5_tokenizer=str(folder)))
+
+
 def test_missing_files_are_named(tmp_path):
     with pytest.raises(FileNotFoundError) as error:
         Tokenizers(section(t5_tokenizer="", t5_encoder=str(tmp_path)))

@@ -16,10 +16,10 @@ from safetensors.torch import load_file, save_file
 from flux_trainer.checkpoint.load import verify as verify_checkpoint
 from flux_trainer.hub import convert as convert_module
 from flux_trainer.hub import write
+from flux_trainer.hub.contents import read_header
 from flux_trainer.hub.convert import convert
 from flux_trainer.hub.families import family_of
 from flux_trainer.hub.load import load_weights
-from flux_trainer.hub.safetensors_files import read_header
 from flux_trainer.hub.weights import open_weights
 from flux_trainer.models.autoencoder2 import AutoEncoder2Config
 from flux_trainer.models.configs import Flux2Config
@@ -244,6 +244,8 @@ def test_refusals(tmp_path):
         go(weights_files.diffusers(tmp_path, "flux2"), tmp_path / "x", "torchtitan")
     with pytest.raises(ValueError, match=r"must end in \.safetensors"):
         go(source, tmp_path / "x", "bfl", config=config)
+    with pytest.raises(ValueError, match=r"is a folder; its name cannot end in \.sft"):
+        go(source, tmp_path / "x.sft", "diffusers", config=config)
     with pytest.raises(ValueError, match="is a folder"):
         go(source, tmp_path / "x.safetensors", "diffusers", config=config)
     odd = dataclasses.replace(config, mlp_ratio=2.0)

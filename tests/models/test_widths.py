@@ -40,7 +40,7 @@ def test_flux1(folder):
     assert problems(*flags, *folder(t5={"d_model": 4096}, clip={"hidden_size": 768})) == []
     wrong = folder(t5={"d_model": 256}, clip={"hidden_size": 1024, "text_config": {"hidden_size": 512}})
     first, second = problems(*flags, *wrong)
-    assert "gives 256 features, but flux-dev takes 4096: choose the encoder" in first
+    assert "gives 256 features, but flux-dev takes 4096, T5 XXL's: choose the encoder" in first
     assert "gives 512 features, but flux-dev takes 768" in second
 
 
@@ -49,7 +49,9 @@ def test_flux2_takes_three_states(folder):
     mistral = folder(llm={"text_config": {"hidden_size": 5120}})
     assert problems("--model.flavor=flux2-dev", *mistral) == []
     [line] = problems("--model.flavor=flux2-klein-9b", *mistral)
-    assert "gives 15360 features, but flux2-klein-9b takes 12288" in line
+    assert "gives 15360 features, as Mistral-Small-3.2 does, but flux2-klein-9b takes 12288" in line
+    [line] = problems("--model.flavor=flux2-klein-9b", *folder(llm={"hidden_size": 2560}))
+    assert "gives 7680 features, as Qwen3-4B does, but flux2-klein-9b takes 12288, Qwen3-8B's" in line
 
 
 def test_what_is_not_here_or_broken_is_for_later(folder, tmp_path):
