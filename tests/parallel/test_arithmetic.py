@@ -110,7 +110,7 @@ from flux_trainer.cli.main import main
 words = ["--model.flavor=flux-dev", "--parallelism.tensor_parallel_degree=5"]
 words += ["--data.sources.0.type=synthetic"]
 words += [f"--encoder.{name}_encoder=a/b" for name in ("t5", "clip")]
-words += ["--encoder.autoencoder_path=pyproject.toml"]
+words += ["--encoder.autoencoder_path=assets/autoencoder/ae.safetensors"]
 status = main(["config", "--ngpu", "5", "--quiet", *words])
 print(status, "torch" in sys.modules)
 """

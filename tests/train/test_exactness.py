@@ -174,5 +174,5 @@ def test_a_resume_over_changed_data_is_refused(tmp_path):
     flags = ["--checkpoint.enable", "--data.sources.0.type=folder", f"--data.sources.0.path={pictures}"]
     train(tmp_path, *flags, "--training.steps=1")
     Image.new("RGB", (16, 16)).save(pictures / "00.png")
-    with pytest.raises(CheckpointError, match=r"data\.contents\[0\]"):
+    with pytest.raises(CheckpointError, match="samples 3 in the checkpoint, 4 now"):
         train(tmp_path, *flags, "--training.steps=2")
