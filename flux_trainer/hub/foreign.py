@@ -6,11 +6,10 @@ import zipfile
 from pathlib import Path
 
 from flux_trainer.hub.errors import WeightsError
+from flux_trainer.runtime.files import LFS_POINTER
 
 PICKLES = {".pt", ".pth", ".bin", ".ckpt", ".pkl"}
 """Suffixes of files that may run code when they are read."""
-
-_POINTER = b"version https://git-lfs"
 
 
 def unreadable(path: Path, why: str) -> WeightsError:
@@ -23,7 +22,7 @@ def what_else(path: Path) -> str:
     size = path.stat().st_size
     with open(path, "rb") as file:
         data = file.read(1024)
-    if data.startswith(_POINTER):
+    if data.startswith(LFS_POINTER):
         return _pointer(path)
     if data.startswith(b"GGUF"):
         return f"{path} is a GGUF file of quantised weights. Fetch the safetensors file they were made from."
@@ -43,7 +42,7 @@ def what_else(path: Path) -> str:
 def check_no_pointer(path: Path) -> None:
     """Raise WeightsError where git has left a pointer in the place of a large file."""
     with open(path, "rb") as file:
-        if file.read(len(_POINTER)) == _POINTER:
+        if file.read(len(LFS_POINTER)) == LFS_POINTER:
             raise WeightsError(_pointer(path))
 
 

@@ -41,15 +41,15 @@ def _named(config: JobConfig, training: bool) -> Iterator[tuple[str, str, Callab
     for part in () if config.encoder.random_init else parts:
         key = f"{part}_encoder"
         value = getattr(config.encoder, key)
-        if value and ((folder := Path(value).expanduser()) / CONFIG).is_file():
+        if value and ((folder := Path(value)) / CONFIG).is_file():
             yield f"encoder.{key}", value, partial(encoder_contents, folder, part)
     value = config.encoder.autoencoder_path
-    if Path(value).expanduser().exists():
+    if Path(value).exists():
         yield "encoder.autoencoder_path", value, partial(_open, value, "vae")
     section, run = config.checkpoint, Path(config.job.dump_folder)
     resumes = section.enable and any((run / section.folder).glob("step-*"))
     value = section.initial_load_path if training and not resumes else ""
-    if value and Path(value).expanduser().exists():
+    if value and Path(value).exists():
         yield "checkpoint.initial_load_path", value, partial(_open, value, "transformer")
 
 

@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 _CHUNK = 2**20  # bytes read at once: large against a system call, small against a core's cache
+LFS_POINTER = b"version https://git-lfs"
+"""How a file begins that git, without git-lfs, has left in the place of a large one."""
 
 
 def write_text(path: str | Path, text: str) -> None:

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from helpers.marks import slow
 from helpers.ranks import start
 
 from flux_trainer.checkpoint.commit import whole_steps
@@ -90,7 +91,7 @@ def save_without_end(folder: str, size: int, mode: str) -> None:
         manager.save(step, tensors(step, size), {"step": step})
 
 
-@pytest.mark.parametrize("mode", ["disabled", "async"])
+@pytest.mark.parametrize("mode", [*slow("disabled"), "async"])
 def test_killed_at_random_moments(tmp_path, mode):
     rng = random.Random(0)
     size = 500_000

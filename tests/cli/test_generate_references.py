@@ -51,6 +51,7 @@ def test_different_counts_share_a_batch_on_any_mesh(run, data, one_by_one, tmp_p
         assert np.array_equal(got[name], want[name]), name
 
 
+@pytest.mark.slow
 def test_every_reference_and_their_order_tell_in_the_picture(run, data, one_by_one, tmp_path):
     files = [str(data / f"reference{i}.png") for i in range(3)]
     name = "001_a_16x16_seed0.png"

@@ -36,14 +36,15 @@ NARROW = {
 @pytest.mark.parametrize(
     ("flavor", "dtype"),
     [
-        ("flux-dev", "bf16"),
         ("flux2-klein-4b", "fp16"),
         ("flux-debug", "fp32"),
         ("flux-tiny", "bf16"),
         ("flux2-debug", "fp32"),
         ("flux2-tiny", "bf16"),
         ("flux2-ae", "bf16"),
-        *slow(("flux-schnell", "fp16"), ("flux2-dev", "bf16"), ("flux2-klein-9b", "fp32")),
+        *slow(
+            ("flux-dev", "bf16"), ("flux-schnell", "fp16"), ("flux2-dev", "bf16"), ("flux2-klein-9b", "fp32")
+        ),
     ],
 )
 def test_every_tensor_of_every_flavor_comes_back(flavor, dtype, tmp_path):

@@ -212,7 +212,7 @@ def test_the_peak_is_near_a_measured_one_where_it_is_activations(flavor, mode, m
 
 
 @pytest.mark.parametrize("mode", ["none", *slow(*(mode for mode in MODES if mode != "none"))])
-@pytest.mark.parametrize("flavor", ["flux-tiny", "flux2-tiny"])
+@pytest.mark.parametrize("flavor", ["flux-tiny", *slow("flux2-tiny")])
 def test_references_of_different_numbers_are_counted(flavor, mode):
     compare_on_one_rank(flavor, "float32", MODES[mode], references=True)
 
@@ -222,7 +222,7 @@ def test_the_probabilities_of_plain_products_are_counted(mode):
     compare_on_one_rank("flux-tiny", "bfloat16", MODES[mode], backend="math")
 
 
-@pytest.mark.parametrize("compute", ["float32", "bfloat16"])
+@pytest.mark.parametrize("compute", [*slow("float32"), "bfloat16"])
 def test_what_runs_on_gpus_alone_keeps_what_flash_does(compute):
     """On whatever CPU the estimate is made, with few tokens too."""
     config = settings("flux-tiny")

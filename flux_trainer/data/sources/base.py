@@ -13,11 +13,10 @@ from PIL import Image
 
 from flux_trainer.config import text
 from flux_trainer.data.bad import BadSample
+from flux_trainer.runtime.files import LFS_POINTER
 
 SAMPLED = 4096
 """Of so many samples, evenly spread, a fingerprint may look at what each costs a read of its own."""
-
-_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 
 class RawSample(NamedTuple):
@@ -77,7 +76,7 @@ def read(path: str) -> bytes:
         data = Path(path).read_bytes()
     except (OSError, ValueError) as error:  # ValueError: a path with a zero byte or a lone surrogate in it
         raise BadSample(f"cannot read {path}: {getattr(error, 'strerror', error)}") from error
-    if data.startswith(_LFS_POINTER):
+    if data.startswith(LFS_POINTER):
         raise BadSample(f"{path} is a git-lfs pointer; `git lfs pull` fetches the file itself")
     return data
 
