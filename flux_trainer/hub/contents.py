@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from flux_trainer.hub.errors import WeightsError, grouped
-from flux_trainer.hub.foreign import unreadable, what_else
+from flux_trainer.hub.foreign import check_no_pointer, unreadable, what_else
 
 NOTE = "flux_trainer"
 """Key of a safetensors file's metadata under which this trainer says which model it holds: JSON."""
@@ -108,7 +108,7 @@ def read_header(path: Path) -> Header:
             body = json.loads(begins + file.read(length - 1))
             metadata = {str(k): str(v) for k, v in (body.pop("__metadata__", None) or {}).items()}
             records = {name: _record(record) for name, record in body.items()}
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise unreadable(path, f"its header is damaged ({error})") from error
     end = 0
     for name, (dtype, shape, (first, last)) in sorted(records.items(), key=lambda item: item[1][2]):
@@ -144,10 +144,11 @@ def _nbytes(dtype: str, shape: tuple[int, ...] | list[int]) -> int:
 
 def read_index(index: Path) -> dict[str, str]:
     """Tensor name -> file name, from the index of a sharded set."""
+    check_no_pointer(index)
     try:
         weight_map = json.loads(index.read_bytes())["weight_map"]
         names = {str(name): str(file) for name, file in weight_map.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise WeightsError(f"{index} is damaged: it has no map from tensors to files.") from error
     if not names:
         raise WeightsError(f"{index} is damaged: its map from tensors to files is empty.")

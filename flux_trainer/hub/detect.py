@@ -20,8 +20,8 @@ CONFIG = "config.json"
 PIPELINE = "model_index.json"
 STEM = "diffusion_pytorch_model"
 """What diffusers calls the files of weights; `CONFIG` beside them is theirs."""
-_STEMS = (f"{STEM}.", "model.")
-"""How names begin that diffusers and transformers give; other files of weights may lie next to these."""
+ENCODER_STEM = "model"
+"""What transformers calls them."""
 
 SUFFIXES = {".safetensors", ".sft"}
 """Of safetensors files in a folder, in upper or lower case; a file that is named may be called anything."""
@@ -75,11 +75,11 @@ def locate(path: str | Path, component: Component = "transformer") -> Place:
     )
 
 
-def weights_in(folder: Path) -> Path | None:
+def weights_in(folder: Path, stem: str = STEM) -> Path | None:
     """The safetensors file of one model in a folder, or the index of several; None if it has none.
 
-    Of several, those come first that have the name which diffusers and transformers give them; of these,
-    the ones without a variant (`model.fp16.safetensors`).
+    Of several, those called `stem` come first; of these, the ones without a variant, such as that of
+    `model.fp16.safetensors`.
 
     Raises:
         WeightsError: it is not clear which file is meant, or there are only some that are not read.
@@ -90,17 +90,19 @@ def weights_in(folder: Path) -> Path | None:
     for file in files:
         if is_index(file) or (file in weights and not _SHARD.search(file.name)):
             plain = not _variant(file)
-            rank = (file.name.startswith(_STEMS), plain, plain and is_index(file))
+            rank = (file.name.startswith(f"{stem}."), plain, plain and is_index(file))
             groups.setdefault(rank, []).append(file)
-    if groups:
+    indexed = any(map(is_index, files))
+    shards = [] if indexed else [file for file in weights if _SHARD.search(file.name)]
+    if groups and (max(groups)[0] or not shards):
         best = groups[max(groups)]
         if len(best) > 1:
             names = ", ".join(file.name for file in best)
             raise WeightsError(f"{folder} has {names}: name one of them, or leave only one.")
         return _file(best[0]).path
-    if weights:
+    if shards:
         raise WeightsError(
-            f"{folder} has {weights[0].name}, but not the index of these files "
+            f"{folder} has {shards[0].name}, but not the index of these files "
             "(*.safetensors.index.json). Fetch it too."
         )
     foreign = [
@@ -145,7 +147,7 @@ def read_json(file: Path) -> dict[str, Any]:
     """The object in a JSON file; WeightsError if there is none."""
     try:
         values = json.loads(file.read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise WeightsError(f"{file} is not valid JSON: {error}.") from error
     if not isinstance(values, dict):
         raise WeightsError(f"{file} must hold an object.")

@@ -26,15 +26,15 @@ def what_else(path: Path) -> str:
         return _pointer(path)
     if data.startswith(b"GGUF"):
         return f"{path} is a GGUF file of quantised weights. Fetch the safetensors file they were made from."
-    if _is_pickle(path, data):
-        return (
-            f"{path} is a pickle, which can run any code when it is read, and is not opened. "
-            "Fetch the safetensors file of the same weights."
-        )
     if data.lstrip().lower().startswith((b"<!doctype html", b"<html", b"<?xml", b"<error")):
         return (
             f"{path} is a web page, not weights: as a rule, one that asks to log in or to accept a licence. "
             "Fetch it with `hf download` after `hf auth login`."
+        )
+    if size and _is_pickle(path, data):
+        return (
+            f"{path} is a pickle, which can run any code when it is read, and is not opened. "
+            "Fetch the safetensors file of the same weights."
         )
     return str(unreadable(path, _damage(size, data)))
 

@@ -44,7 +44,7 @@ def _named(config: JobConfig, training: bool) -> Iterator[tuple[str, str, Callab
         if value and ((folder := Path(value)) / CONFIG).is_file():
             yield f"encoder.{key}", value, partial(encoder_contents, folder, part)
     value = config.encoder.autoencoder_path
-    if Path(value).exists():
+    if value and Path(value).exists():
         yield "encoder.autoencoder_path", value, partial(_open, value, "vae")
     section, run = config.checkpoint, Path(config.job.dump_folder)
     resumes = section.enable and any((run / section.folder).glob("step-*"))

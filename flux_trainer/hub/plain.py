@@ -9,7 +9,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 from flux_trainer.hub.contents import NOTE, Contents, read_contents
-from flux_trainer.hub.detect import CONFIG, Component, Place, belongs, config_beside, read_json, weights_in
+from flux_trainer.hub.detect import (
+    CONFIG,
+    ENCODER_STEM,
+    Component,
+    Place,
+    belongs,
+    config_beside,
+    read_json,
+    weights_in,
+)
 from flux_trainer.hub.errors import WeightsError
 
 Part = Literal["transformer", "vae", "t5", "clip", "llm"]
@@ -71,14 +80,15 @@ def plain_contents(place: Place, component: Component) -> Contents:
     """The tables of contents of safetensors files that may be a model's; errors as of `check_plain`."""
     contents = read_contents(place.path)
     beside = None if NOTE in contents.metadata else config_beside(place)  # which is no matter to our own
-    own = beside and (belongs(beside[0], place) or "_class_name" in beside[1])
+    kind = "Autoencoder" if _first(_MODELS[_VAE], contents.tensors) else "Transformer"
+    own = beside and (belongs(beside[0], place) or kind in str(beside[1].get("_class_name")))
     check_plain(contents, component, beside[1] if beside and own else None)
     return contents
 
 
 def encoder_contents(folder: Path, part: Part) -> Contents:
     """The same for the folder of a text encoder."""
-    if (file := weights_in(folder)) is None:
+    if (file := weights_in(folder, ENCODER_STEM)) is None:
         raise WeightsError(f"{folder} has no safetensors file.")
     contents, config = read_contents(file), folder / CONFIG
     check_plain(contents, part, read_json(config) if config.is_file() else None)

@@ -31,7 +31,7 @@ _FIELDS = {
 }
 """Field of diffusers' config.json -> ours. Those that are not written show in the shapes."""
 
-_KNOWN_VARIANTS = {"flux1 384": "FLUX.1-Fill", "flux1 128": "FLUX.1-Depth or FLUX.1-Canny"}
+_KNOWN_VARIANTS = {("flux1", 384): "FLUX.1-Fill", ("flux1", 128): "FLUX.1-Depth or FLUX.1-Canny"}
 """Family and in_channels of published models that take more than noise, and are no flavors."""
 
 _PREFIX = re.compile(r"(model\.)?diffusion_model\.")  # ComfyUI's
@@ -105,7 +105,7 @@ def unlike(fields: Mapping[str, Any]) -> str:
         return what
     nearest = min(family, key=lambda flavor: len(_differing(fields, flavor)))
     gaps = [f"{name} ({here}, not {there})" for name, here, there in _differing(fields, nearest)]
-    known = _KNOWN_VARIANTS.get(f"{fields['family']} {fields.get('in_channels')}")
+    known = _KNOWN_VARIANTS.get((fields["family"], fields.get("in_channels", 0)))
     variant = f", as {known} does, which is not supported" if known else ""
     return f"{what}: it differs from {nearest} in {', '.join(gaps)}{variant}"
 

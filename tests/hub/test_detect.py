@@ -6,11 +6,10 @@ import shutil
 import pytest
 from helpers import weights_files
 
-from flux_trainer.hub.detect import locate, weights_in
+from flux_trainer.hub.detect import ENCODER_STEM, STEM, locate, weights_in
 from flux_trainer.hub.errors import WeightsError
 from flux_trainer.hub.verify import verify
 
-STEM = "diffusion_pytorch_model"
 FP16_SHARD = f"{STEM}.fp16-00001-of-00002.safetensors"
 
 
@@ -20,7 +19,8 @@ def found(folder, *names) -> str:
     folder.mkdir()
     for name in names:
         shutil.copy(weights_files.EPS / "weights_bfl.safetensors", folder / name)
-    return weights_in(folder).name
+    stem = ENCODER_STEM if any(name.startswith("model.") for name in names) else STEM
+    return weights_in(folder, stem).name
 
 
 @pytest.mark.parametrize(
@@ -50,6 +50,8 @@ def test_what_is_not_clear_or_not_there(tmp_path):
         WeightsError, match=r"has a\.safetensors, b\.sft: name one of them, or leave only one"
     ):
         found(folder, "a.safetensors", "b.sft")
+    with pytest.raises(WeightsError, match=r"a-00001-of-00002\.safetensors, but not the index"):
+        found(folder, "a-00001-of-00002.safetensors", "a-00002-of-00002.safetensors", "ema.safetensors")
     with pytest.raises(WeightsError, match=r"has .*bf16\.safetensors, .*fp16\.safetensors: name one"):
         found(folder, f"{STEM}.fp16.safetensors", f"{STEM}.bf16.safetensors")
     with pytest.raises(WeightsError, match=r"00001-of-00002\.safetensors, but not the index of these files"):

@@ -8,8 +8,8 @@ import pytest
 import torch
 from helpers import weights_files
 
-from flux_trainer.hub.contents import read_header
-from flux_trainer.hub.detect import locate
+from flux_trainer.hub.contents import read_contents, read_header
+from flux_trainer.hub.detect import locate, read_json
 from flux_trainer.hub.errors import WeightsError
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n"
@@ -53,6 +53,30 @@ def test_it_is_called_what_it_is(kind, name, tmp_path):
         with pytest.raises(WeightsError, match=told) as error:
             read(tmp_path / name)
         assert str(error.value).startswith(str(tmp_path / name))
+
+
+@pytest.mark.parametrize("kind", ["pointer", "page", "empty"])
+def test_a_name_makes_no_pickle(kind, tmp_path):
+    content, told = FILES[kind]
+    (tmp_path / "model.bin").write_bytes(content)
+    with pytest.raises(WeightsError, match=told):
+        locate(tmp_path / "model.bin")
+
+
+def test_a_pointer_in_place_of_an_index(tmp_path):
+    (tmp_path / "model.safetensors.index.json").write_bytes(POINTER)
+    with pytest.raises(WeightsError, match="is a git-lfs pointer"):
+        read_contents(tmp_path / "model.safetensors.index.json")
+
+
+def test_json_without_end_is_damage(tmp_path):
+    deep = b'{"a":' + b"[" * 100_000
+    (tmp_path / "x").write_bytes(len(deep).to_bytes(8, "little") + deep)
+    (tmp_path / "config.json").write_bytes(deep)
+    with pytest.raises(WeightsError, match="its header is damaged"):
+        read_header(tmp_path / "x")
+    with pytest.raises(WeightsError, match="is not valid JSON"):
+        read_json(tmp_path / "config.json")
 
 
 @pytest.mark.parametrize("keep", [7, 100, -1])

@@ -10,8 +10,9 @@ from safetensors.torch import save_file
 
 from flux_trainer.cli.weights import find_weights
 from flux_trainer.hub.contents import read_contents
+from flux_trainer.hub.detect import locate
 from flux_trainer.hub.errors import WeightsError
-from flux_trainer.hub.plain import check_plain
+from flux_trainer.hub.plain import check_plain, plain_contents
 from flux_trainer.hub.verify import verify
 from flux_trainer.hub.weights import open_weights
 
@@ -92,6 +93,21 @@ def test_what_is_quantised_elsewhere_is_no_matter(note, tmp_path):
     }
     save_file(weights, tmp_path / "x.safetensors", metadata={"_quantization_metadata": note})
     open_weights(tmp_path / "x.safetensors", config=weights_files.CONFIG)
+
+
+def test_another_models_config_is_no_matter(tmp_path):
+    """An autoencoder next to the config.json of a transformer that is quantised."""
+    write_header(tmp_path / "ae.safetensors", {"encoder.conv_in.weight": (2, 2)})
+    stated = {
+        "_class_name": "FluxTransformer2DModel",
+        "quantization_config": {"quant_method": "bitsandbytes"},
+    }
+    (tmp_path / "config.json").write_text(json.dumps(stated))
+    for component in ("vae", "transformer"):
+        plain_contents(locate(tmp_path / "ae.safetensors"), component)
+    (tmp_path / "config.json").write_text(json.dumps(stated | {"_class_name": "AutoencoderKL"}))
+    with pytest.raises(WeightsError, match="quantization_config bitsandbytes in config"):
+        plain_contents(locate(tmp_path / "ae.safetensors"), "vae")
 
 
 MODELS = {

@@ -47,9 +47,12 @@ class ImageSource(Protocol):
     """A random-access list of captioned images. `source[i]` raises BadSample where item i cannot be used."""
 
     name: str
-    fingerprint: Fingerprint
     passed_over: Counter[str]
     """How many there were of what is no sample, by what it is, such as "hidden folder"."""
+
+    @property
+    def fingerprint(self) -> Fingerprint:
+        """May read much, so it is computed when asked for."""
 
     def __len__(self) -> int: ...
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Sequence
+from functools import cached_property
 from itertools import chain
 
 from flux_trainer.config import text
@@ -34,7 +35,6 @@ class FolderSource:
             for stem, references in zip(stems, self.references, strict=True):
                 if stem in found:
                     references.append(os.path.join(folder, found[stem]))
-        self.fingerprint = self._fingerprint()
 
     def __len__(self) -> int:
         return len(self.files)
@@ -53,7 +53,8 @@ class FolderSource:
         except text.TextError as error:
             raise BadSample(f"{path} {error}") from error
 
-    def _fingerprint(self) -> Fingerprint:
+    @cached_property
+    def fingerprint(self) -> Fingerprint:
         """Of all names, and of as many captions as are read in no time. Images are not looked at."""
         names = chain(self.files, *self.references)
         return Fingerprint(

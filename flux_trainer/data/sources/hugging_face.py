@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 from collections import Counter
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,6 @@ class HuggingFaceSource:
         self._check_columns(table.features)
         table = table.select_columns([image_key, caption_key])
         self.table = table.cast_column(image_key, datasets.Image(decode=False))  # rows give the file's bytes
-        self.fingerprint = self._fingerprint()
 
     def _load(self, path: str, split: str) -> Any:
         import datasets
@@ -51,6 +51,11 @@ class HuggingFaceSource:
         return table[split]
 
     def _check_columns(self, features: Any) -> None:
+        if self.image_key == self.caption_key:
+            raise DataError(
+                f'{self.name}: image_key and caption_key both name the column "{self.image_key}"; '
+                f"it has: {', '.join(features)}."
+            )
         for key, setting, holds, what in (
             (self.image_key, "image_key", _is_image, "an image"),
             (self.caption_key, "caption_key", _is_text, "a text"),
@@ -82,7 +87,8 @@ class HuggingFaceSource:
         caption = checked(row[self.caption_key], f'"{self.caption_key}"')
         return RawSample(data, caption, image["path"] or f"row {index}")
 
-    def _fingerprint(self) -> Fingerprint:
+    @cached_property
+    def fingerprint(self) -> Fingerprint:
         """Of all captions, of the names and lengths of all images, and of the last bytes of some.
 
         The library's own fingerprint says how the table was made, which differs between machines.

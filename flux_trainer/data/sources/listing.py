@@ -84,7 +84,7 @@ class Listing:
             self._plain.add(stem)
         elif suffix.lower() == CAPTION:
             self.captions[stem] = file
-        elif not os.path.exists(os.path.join(self.root, file)):  # to a folder, say, of a disk not mounted
+        elif not suffix and not os.path.exists(os.path.join(self.root, file)):  # to a disk not mounted
             self.passed_over["broken link"] += 1
         else:
             self.passed_over[f"{suffix.lower()} file" if suffix else "other file"] += 1
@@ -103,12 +103,13 @@ def images_named(stems: set[str], folder: str, passed_over: Counter[str]) -> dic
     found: dict[str, str] = {}
     for below in sorted({os.path.dirname(stem) for stem in stems}):
         path = os.path.join(folder, below)
-        for name in sorted(os.listdir(path)) if os.path.isdir(path) else ():
+        entries = os.scandir(path) if os.path.isdir(path) else ()
+        for name in sorted(entry.name for entry in entries if not entry.is_dir()):
             stem, suffix = os.path.splitext(os.path.join(below, name))
             if stem not in stems or suffix.lower() == CAPTION:
                 continue
             if suffix.lower() not in EXTENSIONS:
-                passed_over[f"{suffix.lower()} reference"] += 1
+                passed_over[f"{suffix.lower() or 'other'} reference"] += 1
             elif stem in found:
                 raise DataError(f"{folder} has several images for one name, of which one is {found[stem]}.")
             else:

@@ -127,6 +127,12 @@ def test_a_column_that_holds_no_text_is_named_with_its_type(tmp_path: Path, text
         open_source(columns(tmp_path, b"a", text))
 
 
+def test_one_column_cannot_be_image_and_caption(tmp_path: Path) -> None:
+    source = columns(tmp_path, b"a").model_copy(update={"image_key": "text"})
+    with pytest.raises(DataError, match=r'image_key and caption_key both name the column "text"; it has: im'):
+        open_source(source)
+
+
 def test_a_caption_that_is_not_utf_8_is_bad(tmp_path: Path) -> None:
     datasets, pa = pytest.importorskip("datasets"), pytest.importorskip("pyarrow")
     texts = pa.array([b"caf\xe9", b"a\0c"]).view(pa.string())  # as careless writers leave it

@@ -120,6 +120,7 @@ def test_a_folder_without_an_image_that_is_read_says_what_it_holds(tmp_path: Pat
 def test_references_are_found_behind_links_and_unread_formats_counted(tmp_path: Path) -> None:
     put(tmp_path / "other", "c.webp")
     put(tmp_path / "before", "a.JPG", "a.txt", "d.heic", "unused.png", "unused.jpg")
+    put(tmp_path / "before", "a.png/x", "e/x", "b.jpg/x")  # folders called as images are
     (tmp_path / "before/b").symlink_to(tmp_path / "other")
     passed_over: Counter[str] = Counter()
     found = images_named({"a", "b/c", "d", "e"}, str(tmp_path / "before"), passed_over)

@@ -11,7 +11,7 @@ from PIL import Image
 
 from flux_trainer.config.schema import Source
 from flux_trainer.data.bad import DataError
-from flux_trainer.data.sources import SyntheticSource, open_source
+from flux_trainer.data.sources import FolderSource, SyntheticSource, open_source
 
 Picture = Callable[[int], Image.Image]
 
@@ -26,6 +26,19 @@ def test_synthetic_samples_are_keyed() -> None:
     assert not np.array_equal(first, other)
     assert 100 < first.mean() < 155
     assert source.fingerprint != SyntheticSource(4).fingerprint
+
+
+def test_captions_are_read_for_a_fingerprint_only_when_it_is_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Validation never asks."""
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
+    seen: list[int] = []
+    monkeypatch.setattr(FolderSource, "caption", lambda self, index: seen.append(index) or "a")
+    source = FolderSource(str(tmp_path))
+    assert seen == []
+    assert source.fingerprint == source.fingerprint
+    assert seen == [0]
 
 
 def test_missing_and_empty_sources_are_named(tmp_path: Path) -> None:
