@@ -57,7 +57,10 @@ def _launch(argv: Sequence[str]) -> int:
         return 128 + error.sigval
     except RendezvousError as error:
         why = str(error.__cause__ or error).partition("\n")[0]
-        logger.error(f"The launchers have not met at {args.rdzv_endpoint}: {why}")
+        logger.error(
+            f"The launcher at {args.rdzv_endpoint} cannot be reached ({why}). If the job had started, it has "
+            "ended there: see its own last line."
+        )
         return 1
     return 0
 

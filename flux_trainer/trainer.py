@@ -278,14 +278,18 @@ class Trainer(ABC):
         """What is due between this step and the next."""
         peers.mark()
         done = self.step == self.config.training.steps
-        ends, in_backward = done or stopped, bool(self.in_backward)
-        due = ends or self.step % self.config.checkpoint.interval == 0
-        if due and self.guard.has_learned(self.step, ends=ends, in_backward=in_backward):
+        ends, section = done or stopped, self.config.checkpoint
+        due = ends or (section.enable and self.step % section.interval == 0)
+        if due and self.guard.has_learned(self.step, ends=ends, in_part=self._has_stepped_in_backward):
             self.save(wait=ends)
         if done or (not stopped and self.step % self.config.validation.freq == 0):
             self.run_validation()
         if self.step % self.config.training.gc_freq == 0:
             gc.collect(1)
+
+    def _has_stepped_in_backward(self) -> bool:
+        """Whether any parameter of any rank has."""
+        return bool(self.in_backward and self.world.sum([float(self.in_backward.has_stepped())])[0])
 
     # Figures.
 

@@ -7,6 +7,7 @@ GPUs are hidden; `TEST_GPU=1 pytest -m gpu` runs the tests that need one.
 """
 
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -15,6 +16,8 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 if not os.environ.get("TEST_GPU"):  # the figures of these tests are a CPU's, and several ranks share no GPU
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell's script ignores it for what runs behind it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 sys.path.insert(0, str(Path(__file__).parent))
 
 

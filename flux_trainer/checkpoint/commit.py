@@ -24,10 +24,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from flux_trainer.checkpoint.errors import CheckpointError, DamagedError
+from flux_trainer.config import outputs
 from flux_trainer.runtime.files import sha256, sync, write_json
 from flux_trainer.runtime.log import logger
 
-MANIFEST = "manifest.json"
+MANIFEST = outputs.MANIFEST
 STATE = "state.json"
 METADATA = ".metadata"
 """DCP's table of contents."""
@@ -35,15 +36,9 @@ VERSION = 2
 PIECE = 64 * 2**20
 """Bytes of a file that one hash covers; the last piece has what is left. Part of the format's version."""
 
-_WHOLE = re.compile(r"step-(0|[1-9][0-9]*)")
-_PASSING = re.compile(rf"{_WHOLE.pattern}\.(tmp|old|gone)-[0-9a-f]{{8}}")
-_OWN_FILES = (
-    MANIFEST,
-    STATE,
-    METADATA,
-    "*.distcp",
-    ".*.tmp",
-)  # the first first: without it, the rest is none
+_PASSING = re.compile(rf"{outputs.STEP.pattern}\.(tmp|old|gone)-[0-9a-f]{{8}}")
+_OWN_FILES = (MANIFEST, STATE, METADATA, "*.distcp", ".*.tmp")
+"""In the order of their deletion: without a manifest, the rest is no checkpoint."""
 
 Manifest = dict[str, dict[str, Any]]
 """File name -> {"size": bytes, "sha256": [hex of each piece]}; a single hash is of the whole file."""
@@ -64,7 +59,7 @@ def whole_steps(folder: Path) -> list[int]:
     """Steps with a whole checkpoint in `folder`, oldest first. Their content is not looked at."""
     if not folder.is_dir():
         return []
-    names = (_WHOLE.fullmatch(path.parent.name) for path in folder.glob(f"step-*/{MANIFEST}"))
+    names = (outputs.STEP.fullmatch(path.parent.name) for path in folder.glob(f"step-*/{MANIFEST}"))
     return sorted(int(name[1]) for name in names if name)
 
 
@@ -78,7 +73,7 @@ def tidy(folder: Path) -> None:
         if not name or not (path.is_dir() or path.is_symlink()):
             continue
         target = step_folder(folder, int(name[1]))
-        if name[2] == "old" and not os.path.lexists(target):
+        if name[2] == "old" and not os.path.lexists(target) and (path / MANIFEST).is_file():
             path.rename(target)
         else:
             _delete(path)
@@ -94,7 +89,7 @@ def new_folder(folder: Path, step: int) -> Path:
     final = step_folder(folder, step)
     if os.path.lexists(final) and not (final / MANIFEST).is_file():
         raise CheckpointError(
-            f"{final} is no complete checkpoint, but in the way of one. Move it to another place."
+            f"{final} is not a complete checkpoint and blocks the one to be written. Move it away."
         )
     path = _passing(folder, step, "tmp")
     path.mkdir()
@@ -168,7 +163,8 @@ def _delete(path: Path) -> None:
             file.unlink()
         others = sorted(file.name for file in path.iterdir())
         if others:
-            logger.warning(f"{path} stays: it holds files of others ({', '.join(others[:5])})")
+            listed = ", ".join(others[:5])
+            logger.warning(f"{path} stays: it holds files that the trainer did not write ({listed})")
         else:
             path.rmdir()
     except OSError as error:

@@ -11,8 +11,10 @@ from flux_trainer.config.files import Finding
 from flux_trainer.config.schema import JobConfig
 from flux_trainer.runtime.paths import folder_problem
 
-_MANIFEST = "manifest.json"  # of a complete checkpoint, as in checkpoint.commit
-_STEP = re.compile(r"step-([0-9]+)")
+MANIFEST = "manifest.json"
+"""The file that a complete checkpoint has."""
+STEP = re.compile(r"step-(0|[1-9][0-9]*)")
+"""What the trainer calls the folder of a checkpoint."""
 
 
 def unusable_outputs(config: JobConfig) -> Iterator[Finding]:
@@ -57,16 +59,16 @@ def _folders(config: JobConfig) -> Iterator[tuple[str, str]]:
 def _checkpoints(config: JobConfig, folder: Path) -> Iterator[Finding]:
     """A step to go back to that is not there; other things under the names of checkpoints to come."""
     section, last = config.checkpoint, config.training.steps
-    steps = {int(name[1]): path for path in folder.glob("step-*") if (name := _STEP.fullmatch(path.name))}
-    complete = {step for step, path in steps.items() if os.path.isfile(path / _MANIFEST)}
+    steps = {int(name[1]): path for path in folder.glob("step-*") if (name := STEP.fullmatch(path.name))}
+    complete = {step for step, path in steps.items() if os.path.isfile(path / MANIFEST)}
     first = section.load_step if section.load_step >= 0 else max(complete, default=0)
     if section.load_step >= 0 and not os.path.isdir(folder / f"step-{section.load_step}"):
         listed = ", ".join(steps[step].name for step in sorted(steps))
         there = f"there are {listed}" if listed else "there are none"
         yield "checkpoint.load_step", f"is not among the checkpoints in {folder}; {there}"
     for step in sorted(steps.keys() - complete):
-        if first < step <= last and (step % section.interval == 0 or step == last):
+        if first < step <= last:  # a signal may stop the run at any of them
             yield (
                 "checkpoint.folder",
-                f"holds {steps[step]}, which is no complete checkpoint, but in the way of one; move it",
+                f"holds {steps[step]}, which is not a complete checkpoint and blocks one; move it",
             )

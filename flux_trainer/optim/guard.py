@@ -5,7 +5,7 @@ The decision stays on the device: it is a tensor that the optimizer and the EMA 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
 import torch
@@ -100,25 +100,25 @@ class Guard:
         self.longest_skip.copy_(torch.maximum(self.longest_skip, self.skipped_in_row))
         return 1 - good
 
-    def has_learned(self, step: int, *, ends: bool, in_backward: bool) -> bool:
+    def has_learned(self, step: int, *, ends: bool, in_part: Callable[[], bool]) -> bool:
         """Whether any step up to `step` was accepted, so that there is something to save.
 
         Reading the count waits for the device.
 
         Args:
             ends: whether the run ends here.
-            in_backward: whether each parameter steps by itself, and is skipped by itself.
+            in_part: whether any parameter has stepped by itself; asked where no step of all was accepted.
 
         Raises:
             SkippedTooOften: the run ends, and nothing was learned.
         """
-        if self.accepted.item():
+        if self.accepted.item() or in_part():
             return True
         what = f"Each step up to step {step} was skipped: its gradients were not finite"
         if ends:
             raise SkippedTooOften(
-                f"{what}. The weights are as they were at the start{_where(in_backward)}, so there is no "
-                "checkpoint. Lower optimizer.lr, or look at the data and at the weights the run started from."
+                f"{what}. The weights are as they were at the start, so there is no checkpoint. Lower "
+                "optimizer.lr, or look at the data and at the weights the run started from."
             )
         logger.warning(f"{what}, so no checkpoint is written yet")
         return False
@@ -137,12 +137,9 @@ def raise_if_skipped_too_often(skips: int, step: int, most: int, *, in_backward:
         in_backward: whether each parameter steps by itself, and is skipped by itself.
     """
     if skips >= most:
+        where_finite = " where gradients were not finite" if in_backward else ""
         raise SkippedTooOften(
             f"{skips} steps in a row were skipped up to step {step}: their gradients were not finite, or "
-            f"jumped (training.spike_factor). The weights are as before them{_where(in_backward)}. Lower "
+            f"jumped (training.spike_factor). The weights are as before them{where_finite}. Lower "
             "optimizer.lr, or look at the data."
         )
-
-
-def _where(in_backward: bool) -> str:
-    return " where gradients were not finite" if in_backward else ""

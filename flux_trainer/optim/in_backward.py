@@ -33,6 +33,10 @@ class StepInBackward:
             for p in group["params"]:
                 p.register_post_accumulate_grad_hook(partial(self._step, names[p], group))
 
+    def has_stepped(self) -> bool:
+        """Whether any parameter of this rank has: each is skipped by itself."""
+        return any(state["step"].item() for state in self.optimizer.state.values())
+
     @torch.no_grad()
     def _step(self, name: str, group: dict[str, Any], p: Tensor) -> None:
         assert p.grad is not None

@@ -15,9 +15,8 @@ INTERRUPTED = 130
 
 
 def obeyed() -> list[signal.Signals]:
-    """Those of the stop signals that this process is to obey: not SIGHUP where nohup has it ignored."""
-    nohup = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
-    return [number for number in STOP_SIGNALS if not (nohup and number == signal.SIGHUP)]
+    """Those of the stop signals that are not ignored already: by nohup, or by a script for its jobs."""
+    return [number for number in STOP_SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
 
 
 def ignore() -> None:
@@ -37,7 +36,8 @@ def interrupting() -> Iterator[list[int]]:
 
     def interrupt(number: int, frame: FrameType | None) -> None:
         asked.append(number)
-        raise KeyboardInterrupt
+        if len(asked) == 1 or number == signal.SIGINT:  # a closed terminal sends two: the second must not
+            raise KeyboardInterrupt  # interrupt what the first has begun to clean up
 
     previous = {}
     if threading.current_thread() is threading.main_thread():

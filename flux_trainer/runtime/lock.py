@@ -43,7 +43,7 @@ def exclusive(folder: str | Path) -> Iterator[None]:
         except OSError as error:
             if error.errno in (errno.EACCES, errno.EAGAIN):
                 raise FolderInUse(f"{folder} is in use by {_holder(descriptor)}") from None
-            logger.warning(f"{folder} cannot be locked ({error.strerror}): start no second run in it")
+            logger.warning(f"{folder} cannot be locked ({error.strerror}): do not start a second run in it")
         with suppress(OSError):  # a full disk: the lock holds without a name
             os.ftruncate(descriptor, 0)
             os.pwrite(descriptor, _own_name().encode(), 0)

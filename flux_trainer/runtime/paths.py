@@ -50,5 +50,5 @@ def _obstacle(place: Path, mode: int) -> str | None:
     if os.statvfs(place).f_flag & os.ST_RDONLY:
         return f"{place} lies on a file system that is read-only; name another folder"
     if not os.access(place, os.W_OK | os.X_OK):
-        return f"{place} cannot be written to, for want of permission; name another folder"
+        return f"{place} is not writable (permission denied); name another folder"
     return None

@@ -27,7 +27,7 @@ class StopFlag:
     """Catches the stop signals while entered; a second SIGINT raises KeyboardInterrupt as usual.
 
     Enter it on the main thread. On a signal the run goes on for one or two steps until all ranks know; a
-    world of one stops at once. A SIGHUP that nohup has ignored stays ignored.
+    world of one stops at once. Signals that are ignored already, such as SIGHUP by nohup, stay ignored.
     """
 
     def __init__(self, world: World) -> None:
@@ -64,7 +64,7 @@ class StopFlag:
         if self.world.size == 1:
             self._agree(self._own_cause())
         elif not self._agreed:
-            self._collect()
+            self._agree(self._collect())
             if not self._agreed:
                 self._flags.fill_(self._own_cause())
                 with peers_alive("asking for stop signals"):
@@ -76,14 +76,15 @@ class StopFlag:
     def _own_cause(self) -> int:
         return _SIGNAL if self.signal_name else _LAUNCHER if launcher.is_gone() else 0
 
-    def _collect(self) -> None:
-        """Read the maximum that was started last."""
+    def _collect(self) -> int:
+        """The maximum that was started last; 0 if none was."""
         pending, self._pending = self._pending, None
-        if pending is not None:
-            peers.mark()
-            with peers_alive("asking for stop signals"):
-                pending.wait()
-            self._agree(int(self._flags.item()))
+        if pending is None:
+            return 0
+        peers.mark()
+        with peers_alive("asking for stop signals"):
+            pending.wait()
+        return int(self._flags.item())
 
     def _agree(self, cause: int) -> None:
         if cause and not self._agreed:

@@ -94,7 +94,16 @@ def test_files_of_others_in_a_checkpoint_stay(tmp_path, caplog):
     commit.tidy(tmp_path)
     [left] = tmp_path.iterdir()
     assert names(left) == ["README.md"]
-    assert f"{left} stays: it holds files of others (README.md)" in caplog.text
+    assert f"{left} stays: it holds files that the trainer did not write (README.md)" in caplog.text
+
+
+def test_what_is_left_of_a_replaced_checkpoint_is_none(tmp_path):
+    (make(tmp_path, 1) / "README.md").write_text("the good one")
+    make(tmp_path, 1)  # leaves the note, as step-1.old-...
+    commit.discard(tmp_path, 1)
+    commit.tidy(tmp_path)
+    assert not (tmp_path / "step-1").exists()
+    make(tmp_path, 1)
 
 
 def test_what_cannot_be_deleted_stays_with_a_warning(tmp_path, caplog, monkeypatch):
@@ -122,7 +131,7 @@ def test_what_is_no_checkpoint_is_never_replaced_by_one(tmp_path, kind):
     else:
         path.mkdir()
         (path / "__0_0.distcp").write_bytes(b"part of a copy")
-    with pytest.raises(CheckpointError, match="step-1 is no complete checkpoint, but in the way of one"):
+    with pytest.raises(CheckpointError, match="step-1 is not a complete checkpoint and blocks"):
         make(tmp_path, 1)
     assert names(tmp_path) == ["step-1"]
     assert kind != "folder" or names(path) == ["__0_0.distcp"]

@@ -64,15 +64,22 @@ def test_what_lies_where_a_checkpoint_will_be_is_named():
     checkpoints = Path("run/checkpoint")
     for step in (10, 20):
         (checkpoints / f"step-{step}").mkdir(parents=True)
-    for name in ("step-5", "step-30.old-backup", "step-50", "step-30x"):  # no checkpoint will be called so
+    for name in (
+        "step-5",
+        "step-30.old-backup",
+        "step-50",
+        "step-30x",
+        "step-030",
+    ):  # no checkpoint will be called so
         (checkpoints / name).touch()
     (checkpoints / "step-20/manifest.json").touch()
     assert found(*flags) == [], "step 10 is past"
     (checkpoints / "step-30").touch()  # a file
+    (checkpoints / "step-33").mkdir()  # a signal may stop the run there
     (checkpoints / "step-40").mkdir()  # as of an interrupted copy
     (checkpoints / "step-45").symlink_to("unmounted")
     names = [sentence.split(",")[0] for key, sentence in found(*flags) if key == "checkpoint.folder"]
-    assert names == [f"holds run/checkpoint/step-{step}" for step in (30, 40, 45)]
+    assert names == [f"holds run/checkpoint/step-{step}" for step in (30, 33, 40, 45)]
     [(key, _), *_] = found(*flags, "--checkpoint.load_step=15")
     assert key == "checkpoint.load_step"
     assert found("--checkpoint.no-enable") == []

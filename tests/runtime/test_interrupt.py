@@ -27,7 +27,26 @@ def test_each_of_them_interrupts_and_is_remembered(number):
     assert [signal.getsignal(number) for number in STOP_SIGNALS] == before
 
 
-def test_what_nohup_ignores_stays_ignored():
+def test_a_second_one_does_not_interrupt_the_cleaning_up():
+    """bash sends two when its terminal closes; Ctrl-C, though, is a person's wish."""
+    with interrupting() as asked:
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGHUP)
+        os.kill(os.getpid(), signal.SIGHUP)  # while it cleans up
+        assert asked == [signal.SIGHUP] * 2
+    with interrupting():
+        for _ in range(2):
+            with pytest.raises(KeyboardInterrupt):
+                os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_what_is_ignored_stays_ignored():
+    """SIGHUP by nohup, SIGINT by a script for its jobs."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        assert signal.SIGINT not in obeyed()
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     assert obeyed() == [signal.SIGTERM, signal.SIGINT]
     with interrupting() as asked:

@@ -57,4 +57,4 @@ def test_a_file_system_without_locks(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(fcntl, "lockf", refuse)
     with exclusive(tmp_path):
         pass
-    assert f"{tmp_path} cannot be locked (No locks available): start no second run in it" in caplog.text
+    assert f"{tmp_path} cannot be locked (No locks available): do not start a second run in it" in caplog.text

@@ -40,7 +40,7 @@ def test_folders_that_cannot(tmp_path, name, problem):
 def test_folders_that_may_not_be_written_to(tmp_path, monkeypatch):
     """As on a disk of another user's; permissions do not bind who may be root."""
     monkeypatch.setattr(os, "access", lambda path, mode: False)
-    sentence = f"{tmp_path} cannot be written to, for want of permission; name another folder"
+    sentence = f"{tmp_path} is not writable (permission denied); name another folder"
     assert paths.folder_problem(tmp_path / "new") == sentence
 
 

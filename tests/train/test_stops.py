@@ -101,6 +101,23 @@ def test_a_run_that_has_learned_nothing_fails_and_leaves_no_checkpoint(tmp_path,
     assert "Each step up to step 2 was skipped" in caplog.text, "no checkpoint, and it says so"
 
 
+def test_without_checkpoints_nothing_is_said_of_them(tmp_path, caplog):
+    trainer = broken(tmp_path, range(1, 7), "--checkpoint.interval=2", "--checkpoint.no-enable")
+    with pytest.raises(SkippedTooOften, match="Each step up to step 6"):
+        trainer.train()
+    assert "no checkpoint is written yet" not in caplog.text
+
+
+def test_a_step_inside_backward_may_leave_out_a_single_parameter(tmp_path):
+    """No step of all is accepted, and yet the others have learned."""
+    flags = ["--checkpoint.enable", "--optimizer.in_backward", "--training.max_norm=0", "--training.steps=3"]
+    trainer = TinyTrainer(tiny_config(tmp_path, *flags))
+    trainer.parameters["img_in.bias"].register_hook(lambda gradient: gradient * float("nan"))
+    trainer.train()
+    assert trainer.guard.skipped == 3
+    assert [path.name for path in (trainer.dump_folder / "checkpoint").iterdir()] == ["step-3"]
+
+
 def test_one_good_step_is_something_learned(tmp_path):
     trainer = broken(tmp_path, (1, 2, 4, 5, 6), "--checkpoint.enable", "--checkpoint.interval=2")
     trainer.train()
