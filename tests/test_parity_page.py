@@ -70,7 +70,7 @@ def test_a_wrong_path_is_a_sentence(tmp_path):
     command = [sys.executable, "benchmarks/parity.py", str(tmp_path / "gone"), "--out", str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, check=False, capture_output=True, text=True)
     assert done.returncode == 1
-    assert done.stderr.splitlines()[-1].startswith(f"{tmp_path}/gone: there is no such file or folder")
+    assert done.stderr.splitlines()[-1].startswith(f"There is no file or folder {tmp_path}/gone.")
     assert "Traceback" not in done.stderr
 
 
