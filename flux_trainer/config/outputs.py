@@ -66,6 +66,7 @@ def _checkpoints(config: JobConfig, folder: Path) -> Iterator[Finding]:
         listed = ", ".join(steps[step].name for step in sorted(steps))
         there = f"there are {listed}" if listed else "there are none"
         yield "checkpoint.load_step", f"is not among the checkpoints in {folder}; {there}"
+        return  # what else lies there depends on it
     for step in sorted(steps.keys() - complete):
         if first < step <= last:  # a signal may stop the run at any of them
             yield (
